@@ -1,0 +1,107 @@
+"""What a running job says: a flat union of frozen pydantic models, one JSON object each.
+
+Engines and :func:`llmprune.prune_iter` are generators of these. The command line draws them, the service stores them,
+``--events`` writes them as JSON lines. Closing the generator cancels the job. Torch-free.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from llmprune.report import BlockReport, Evaluation, Report, SiteReport
+
+Stage = Literal["load", "calibration", "dense", "prune", "pruned", "save"]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class StageStarted(_Event):
+    """A stage begins; ``total`` counts its steps (blocks, evaluation windows ...), 0 when unknown."""
+
+    event: Literal["stage_started"] = "stage_started"
+    stage: Stage
+    total: int = 0
+    resumed_at: int = 0
+
+
+class Progress(_Event):
+    """``done`` of ``total`` steps of a stage are finished."""
+
+    event: Literal["progress"] = "progress"
+    stage: Stage
+    done: int
+    total: int
+    detail: str = ""
+
+
+class StageFinished(_Event):
+    """A stage ended after ``seconds``; peaks are of this stage alone, in bytes (None where not measurable)."""
+
+    event: Literal["stage_finished"] = "stage_finished"
+    stage: Stage
+    seconds: float
+    peak_cpu_bytes: int | None = None
+    peak_gpu_bytes: int | None = None
+
+
+class BlockStarted(_Event):
+    """A decoder block is about to be pruned."""
+
+    event: Literal["block_started"] = "block_started"
+    block: int
+    name: str
+    num_blocks: int
+
+
+class SitePruned(_Event):
+    """One weight matrix is pruned."""
+
+    event: Literal["site_pruned"] = "site_pruned"
+    block: int
+    site: SiteReport
+
+
+class BlockFinished(_Event):
+    """A decoder block is pruned and its outputs, the next block's inputs, are there."""
+
+    event: Literal["block_finished"] = "block_finished"
+    block: int
+    num_blocks: int
+    report: BlockReport
+
+
+class Warned(_Event):
+    """Something the user should know; also kept in the report."""
+
+    event: Literal["warned"] = "warned"
+    message: str
+
+
+class Evaluated(_Event):
+    """An evaluation is done; carries its numbers."""
+
+    event: Literal["evaluated"] = "evaluated"
+    evaluation: Evaluation
+
+
+class Finished(_Event):
+    """The job is done; carries the report."""
+
+    event: Literal["finished"] = "finished"
+    report: Report
+
+
+Event = Annotated[
+    StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Finished,
+    Field(discriminator="event"),
+]
+_adapter: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def parse_event(line: str | bytes) -> Event:
+    """Read one JSON line written by ``--events``."""
+    return _adapter.validate_json(line)

@@ -1,0 +1,217 @@
+"""What a user asks for: :class:`PruneConfig`, the one description of a job.
+
+Command-line flags, HTTP bodies, queue messages, the checkpoint manifest and the report header are all this object.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from llmprune.errors import ConfigError, PatternError
+
+Scope = Literal["row", "matrix", "block"]
+Sequential = Literal["block", "group"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+BUNDLED_MODEL = "demo"
+DEFAULT_SPARSITY = 0.5
+MAX_DEFAULT_SEQ_LEN = 2048
+_N_TO_M = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
+_MAX_M = 32
+
+
+class Need(IntEnum):
+    """The input statistics a method needs; each level holds the ones below it."""
+
+    NOTHING = 0
+    NORM = 1
+    GRAM = 2
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may lie: anywhere (``n`` is None), or ``n`` weights KEPT in every ``m`` consecutive inputs."""
+
+    n: int | None = None
+    m: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read ``unstructured`` or ``n:m`` with 0 < n < m; raises ConfigError."""
+        if text == "unstructured":
+            return cls()
+        match = _N_TO_M.fullmatch(text)
+        if not match or not 0 < int(match[1]) < int(match[2]) <= _MAX_M:
+            raise ConfigError(
+                f"pattern {text!r} is unknown; use 'unstructured' or 'n:m' with 0 < n < m <= {_MAX_M}, such as '2:4' "
+                "(n weights kept in every m consecutive inputs)."
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return "unstructured" if self.m is None else f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float | None:
+        """The sparsity the pattern itself fixes, or None for unstructured."""
+        return None if self.m is None or self.n is None else 1 - self.n / self.m
+
+    def check(self, in_features: int, site: str) -> None:
+        """Raise PatternError where ``m`` does not divide the inputs of the named site."""
+        if self.m is not None and in_features % self.m:
+            stem, _, leaf = site.rpartition(".")
+            glob = f"*.{stem.rpartition('.')[2]}.*" if leaf.isdigit() else f"*.{leaf}"
+            raise PatternError(
+                f"{self} needs in_features divisible by {self.m}, got {in_features} ({site}). "
+                f"Skip it with --skip '{glob}' or choose an unstructured pattern."
+            )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one site is to become: pattern, sparsity in [0, 1], and the set its scores are compared in."""
+
+    pattern: Pattern
+    sparsity: float
+    scope: Scope
+
+
+def num_pruned(numel: int, sparsity: float) -> int:
+    """Number of zeros nearest to ``sparsity * numel``, in exact arithmetic (``int(20 * (1 - 0.85))`` is 3 in floats)."""
+    return int(Fraction(repr(float(sparsity))) * numel + Fraction(1, 2))
+
+
+def default_seq_len(text_config: Any) -> int:
+    """The model's maximum, at most 2048: the length most published perplexities are stated at."""
+    return min(getattr(text_config, "max_position_embeddings", None) or MAX_DEFAULT_SEQ_LEN, MAX_DEFAULT_SEQ_LEN)
+
+
+def _as_tuple(value: Any) -> Any:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class PruneConfig(BaseModel):
+    """One pruning job. Every field has a default; ``PruneConfig()`` prunes the bundled model to 50 %.
+
+    Unknown fields and impossible combinations raise :class:`llmprune.errors.ConfigError` (through :meth:`build`) or
+    pydantic's ValidationError.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(BUNDLED_MODEL, description="Hub ID or local directory; 'demo' is the bundled model.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    method: str = Field("wanda", description="Pruning method; see `llmprune methods`.")
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
+        DEFAULT_SPARSITY, description="Fraction of zeros among the pruned sites' weights; n:m patterns fix it themselves."
+    )
+    pattern: str = Field("unstructured", description="'unstructured' or n:m (n kept of every m), such as 2:4.")
+    scope: Scope | None = Field(None, description="Set in which scores compete; default is the method's own paper's.")
+    sequential: Sequential = Field(
+        "group",
+        description="Recompute inputs after each 'group' of sites sharing an input, or once per 'block' as the papers do.",
+    )
+    skip: Names = Field((), description="Globs of site names to leave dense, e.g. '*.down_proj'.")
+    calibration: str | None = Field(
+        None, description="Calibration text: c4, wikitext2, ptb, stdlib, synthetic, hf:NAME[:CONFIG][:SPLIT][:COLUMN] or a "
+        "path. Default: stdlib for the bundled model, else c4."
+    )
+    num_samples: Annotated[int, Field(ge=1)] = Field(128, description="Calibration sequences.")
+    seq_len: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Tokens per calibration sequence and evaluation window. Default: the model's maximum, at most 2048."
+    )
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Calibration sequences per forward. Default: all at once where memory allows (one-pass walk)."
+    )
+    eval: Names | None = Field(
+        None, description="Evaluation texts, same names as calibration. Default: stdlib for the bundled model, else wikitext2."
+    )
+    max_eval_tokens: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Evaluate on at most this many tokens of each text; published protocols use all."
+    )
+    latency: bool = Field(True, description="Measure prefill and decode speed, dense and pruned.")
+    damping: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Fraction of the mean Gram diagonal added to it.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...: where blocks are pruned and evaluated.")
+    dtype: Dtype = Field("auto", description="Weights' dtype; auto keeps the checkpoint's.")
+    seed: int = Field(0, description="Seed of every random choice.")
+    trust_remote_code: bool = Field(False, description="Run modelling code shipped with the model.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, values: Any) -> Any:
+        """An n:m pattern fixes the sparsity; a different explicit one is a contradiction."""
+        if not isinstance(values, dict) or not isinstance(values.get("pattern"), str):
+            return values
+        pattern = Pattern.parse(values["pattern"])
+        if pattern.sparsity is None:
+            return values
+        asked = values.get("sparsity")
+        try:
+            contradicts = asked is not None and abs(float(asked) - pattern.sparsity) > 1e-9
+        except (TypeError, ValueError):
+            return values  # pydantic names the field
+        if contradicts:
+            raise ConfigError(
+                f"pattern {pattern} means sparsity {pattern.sparsity:g}, but sparsity {asked} was asked for. Drop one of them."
+            )
+        return {**values, "sparsity": pattern.sparsity}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        Pattern.parse(self.pattern)
+        return self
+
+    @classmethod
+    def build(cls, config: PruneConfig | None = None, **overrides: Any) -> PruneConfig:
+        """Validate once, at the boundary: a config, overrides by field name (None means default), or both.
+
+        Raises ConfigError with one line per offending field.
+        """
+        values = config.model_dump(exclude_unset=True) if config is not None else {}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        patterns = {str(values.get("pattern", "unstructured")), str(given.get("pattern", "unstructured"))}
+        if "pattern" in given and "sparsity" not in given and patterns != {"unstructured"}:
+            values.pop("sparsity", None)  # it was another pattern's
+        try:
+            return cls.model_validate({**values, **given})
+        except ValidationError as error:
+            raise ConfigError(describe(error)) from None
+
+    def calibration_source(self, *, in_memory: bool = False) -> str:
+        """The calibration text: as asked, else the bundled model's own kind of text, else the field's C4."""
+        return self.calibration or ("stdlib" if self.model == BUNDLED_MODEL and not in_memory else "c4")
+
+    def eval_sources(self, *, in_memory: bool = False) -> tuple[str, ...]:
+        """The evaluation texts: as asked, else stdlib for the bundled model, else the field's WikiText-2."""
+        if self.eval is not None:
+            return self.eval
+        return ("stdlib",) if self.model == BUNDLED_MODEL and not in_memory else ("wikitext2",)
+
+    def target(self, default_scope: Scope) -> Target:
+        """The target of every site under this config (uniform allocation)."""
+        return Target(Pattern.parse(self.pattern), self.sparsity, self.scope or default_scope)
+
+
+def describe(error: ValidationError) -> str:
+    """One line for a pydantic error: field, what was given, what is allowed."""
+    known = ", ".join(PruneConfig.model_fields)
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown field {field!r}; known fields: {known}")
+        else:
+            parts.append(f"{field}: {item['msg']}, got {item['input']!r}")
+    return "; ".join(parts)
