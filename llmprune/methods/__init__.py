@@ -1,0 +1,83 @@
+"""The pruning methods: one paper, one file, one line of :data:`METHODS`.
+
+Command-line choices, the service's schema, the docs and the contract tests all read this table. Torch-free: a method's
+file is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmprune.errors import ConfigError
+from llmprune.spec import Need, Scope, Target
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llmprune.stats import LinearStats
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Attributes:
+        name: what the user types, and the name of the file in this folder.
+        needs: input statistics the walk must collect.
+        scope: set in which scores compete, as in the paper.
+        updates_weights: survivors are changed (the file has ``prune``), or bit-equal to the dense ones (``score``).
+        summary: one sentence.
+        paper: reference with its equation.
+    """
+
+    name: str
+    needs: Need
+    scope: Scope
+    updates_weights: bool
+    summary: str
+    paper: str
+
+    def prune(
+        self, weight_OI: Tensor, stats: LinearStats, target: Target, *, damping: float, generator: torch.Generator
+    ) -> Tensor:
+        """The pruned weight, same shape, dtype and device; the input is not changed.
+
+        Args:
+            weight_OI: dense weight [out, in], any float dtype.
+            stats: statistics of the site's inputs, at least ``needs``.
+            target: pattern, sparsity and scope.
+            damping: fraction of the mean Gram diagonal added to it, for methods that factorise it.
+            generator: source of randomness, on the CPU.
+        """
+        from llmprune.masks import keep_mask
+
+        module: Any = importlib.import_module(f"llmprune.methods.{self.name}")
+        if self.updates_weights:
+            return module.prune(weight_OI, stats, target, damping=damping)  # type: ignore[no-any-return]
+        score_OI = module.score(weight_OI, stats, generator=generator)
+        keep_OI = keep_mask(score_OI, target.pattern, target.sparsity, target.scope)
+        return weight_OI.where(keep_OI, 0)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("magnitude", Need.NOTHING, "matrix", False, "Prune the smallest weights.", "Han et al. 2015, arXiv 1506.02626, section 3"),
+        Method("random", Need.NOTHING, "matrix", False, "Prune at random: the floor every method must beat.", "baseline"),
+        Method("wanda", Need.NORM, "row", False, "Weight times input norm, compared within each output.", "Sun et al. 2023, arXiv 2306.11695, eq. 1"),
+        Method("sparsegpt", Need.GRAM, "block", True, "Column-wise optimal brain surgeon with weight updates.", "Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1"),
+    )
+}  # fmt: skip
+
+
+def get_method(name: str) -> Method:
+    """The method of that name; raises ConfigError with the nearest known name."""
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"method {name!r} is unknown.{hint} Known methods: {', '.join(METHODS)}.")

@@ -1,0 +1,79 @@
+"""What is known of a site's inputs: sums over calibration tokens, additive and mergeable.
+
+I in features, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmprune.linalg import inverse_factor
+from llmprune.spec import Need
+
+_ROWS = 1024
+
+
+class LinearStats:
+    """Input statistics of one group of sites that read the same tensor.
+
+    Attributes:
+        num_tokens: tokens seen.
+        sq_I: sum of x_j^2, fp32 [I].
+        gram_II: sum of x x^T, fp32 [I, I]; None unless the method needs it.
+
+    Adding the same tokens in any split gives the same sums up to rounding, so shards and ranks just add up.
+    """
+
+    def __init__(self, in_features: int, need: Need, device: torch.device | str) -> None:
+        self.num_tokens = 0
+        self.need = need
+        self.sq_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.gram_II = (
+            torch.zeros(in_features, in_features, dtype=torch.float32, device=device) if need >= Need.GRAM else None
+        )
+        self._factor: tuple[float, Tensor, float] | None = None
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add tokens; ``x_TI`` is [..., I] in any float dtype and is read only."""
+        x_TI = x_TI.detach().reshape(-1, x_TI.shape[-1])
+        self.num_tokens += x_TI.shape[0]
+        self._factor = None
+        if self.need == Need.NOTHING:
+            return
+        if self.gram_II is not None:
+            x_TI = x_TI.float()
+            self.gram_II.addmm_(x_TI.T, x_TI)
+            self.sq_I = self.gram_II.diagonal().clone()
+        else:
+            self.sq_I += _sum_of_squares(x_TI)
+
+    def merge(self, other: LinearStats) -> None:
+        """Add another shard's sums, of the same statistics."""
+        assert other.need == self.need and other.sq_I.shape == self.sq_I.shape
+        self.num_tokens += other.num_tokens
+        self._factor = None
+        self.sq_I += other.sq_I
+        if self.gram_II is not None and other.gram_II is not None:
+            self.gram_II += other.gram_II
+
+    @property
+    def damping_used(self) -> float | None:
+        """The damping the last factorisation took; None before one."""
+        return self._factor[2] if self._factor else None
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """Upper Cholesky factor of the damped inverse Gram, fp32 [I, I]; computed once per group of sites."""
+        assert self.gram_II is not None
+        if self._factor is None or self._factor[0] != damping:
+            factor_II, used = inverse_factor(self.gram_II, damping)
+            self._factor = (damping, factor_II, used)
+        return self._factor[1]
+
+
+def _sum_of_squares(x_TI: Tensor) -> Tensor:
+    """Column sums of squares, fp32 [I]: by parts, so that rounding does not grow with T and no fp32 copy is whole."""
+    total_I = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)
+    for part in x_TI.split(_ROWS):
+        total_I += part.float().square().sum(0)
+    return total_I
