@@ -1,0 +1,138 @@
+"""Where things run: one device by name, what is free on it, and how much a stage took.
+
+No device is named here: whichever accelerator torch reports is used.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from accelerate.utils import get_max_memory
+from torch import nn
+
+from llmprune._version import __version__
+from llmprune.errors import ConfigError
+from llmprune.report import Environment
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; ``auto`` is the accelerator if there is one, else the CPU. Raises ConfigError."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is not a device name; use auto, cpu, cuda, cuda:1, mps ...") from None
+    if device.type == "cpu":
+        return device
+    count = torch.accelerator.device_count() if accelerator else 0
+    if accelerator is None or device.type != accelerator.type or (device.index or 0) >= count:
+        found = f"{count} {accelerator.type} device(s)" if accelerator else "none"
+        raise ConfigError(f"device {name!r} is not on this machine (accelerators found: {found}). Use --device cpu or auto.")
+    return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: cgroup-aware on the CPU."""
+    if device.type == "cpu":
+        return min(psutil.virtual_memory().available, *_cgroup_free())
+    memory = get_max_memory()
+    index = device.index if device.index is not None else torch.accelerator.current_device_index()
+    return int(memory.get(index, memory.get(device.type, 0)))
+
+
+def device_name(device: torch.device) -> str:
+    """A name for reports, such as 'NVIDIA H200' or 'CPU (2 threads)'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def environment(device: torch.device) -> Environment:
+    """Versions and device of this process."""
+    return Environment(
+        llmprune=__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        python=platform.python_version(),
+        device=device_name(device),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter."""
+    return next(module.parameters()).device
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Hold a module on ``device`` for a while, then put it back where it was."""
+    home = module_device(module)
+    if home == device:
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+class PeakMemory:
+    """Peak memory of one stage: resident set of the process and allocations on the accelerator, in bytes."""
+
+    def __init__(self) -> None:
+        self._resettable = _reset_peak_rss()
+        if torch.accelerator.is_available():
+            torch.accelerator.reset_peak_memory_stats()
+
+    @property
+    def cpu_bytes(self) -> int:
+        """Highest resident set since construction (since the process started where Linux cannot reset it)."""
+        if self._resettable:
+            status = Path("/proc/self/status").read_text()
+            line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+            if line:
+                return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """Highest allocation on the current accelerator; None without one."""
+        return int(torch.accelerator.max_memory_allocated()) if torch.accelerator.is_available() else None
+
+
+def _reset_peak_rss() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _cgroup_free() -> list[int]:
+    found = []
+    for limit_file, usage_file in _CGROUP_FILES:
+        try:
+            limit, usage = Path(limit_file).read_text().strip(), Path(usage_file).read_text().strip()
+            if limit != "max":
+                found.append(int(limit) - int(usage))
+        except (OSError, ValueError):
+            continue
+    return found or [sys.maxsize]

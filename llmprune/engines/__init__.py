@@ -1,0 +1,1 @@
+"""The engines: generators of events that prune a recorded model."""

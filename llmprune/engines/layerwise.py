@@ -1,0 +1,231 @@
+"""The layerwise walk: block by block, collect input statistics, prune, propagate the pruned outputs.
+
+Three walks, chosen by ``sequential`` and by what fits in memory:
+
+- one-pass (``group``, all sequences in one batch): a site is pruned at the moment its whole input is there, so ONE
+  forward per block both prunes it and gives the next block's inputs;
+- staged (``group``, several batches): one partial forward per group of sites that share an input, then one full forward;
+- two-pass (``block``): one forward of the dense block collects everything, a second one propagates.
+
+One-pass and staged prune every site on the same inputs. T tokens, I in and O out features.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.anatomy.blocks import Recording, Stack
+from llmprune.anatomy.sites import Site, select, write_
+from llmprune.anatomy.watch import SharedInputs, Watcher
+from llmprune.devices import module_device, placed
+from llmprune.errors import FactorizationError, NonFiniteError
+from llmprune.events import BlockFinished, BlockStarted, SitePruned, Warned
+from llmprune.methods import METHODS, get_method
+from llmprune.report import BlockReport, SiteReport
+from llmprune.spec import Need, PruneConfig
+from llmprune.stats import LinearStats
+
+WalkEvent = BlockStarted | SitePruned | BlockFinished | Warned
+
+MIN_EXPERT_TOKENS = 16
+"""An expert that fewer calibration tokens reached is scored by its weights alone."""
+
+
+class _GroupComplete(Exception):
+    """Every input of the open group of sites has passed: the rest of this forward is not needed."""
+
+
+@dataclass
+class Walk:
+    """One walk over a recorded model; pruning is in place.
+
+    Attributes:
+        hidden: per batch, the inputs of the next block to prune [N, S, H]; replaced as the walk goes on. A journal
+            stores them and puts them back to go on from block ``start``.
+        device: where blocks compute; blocks and hidden states are brought there and taken back.
+    """
+
+    stack: Stack
+    recording: Recording
+    config: PruneConfig
+    device: torch.device
+    hidden: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hidden = self.recording.hidden
+        self.method = get_method(self.config.method)
+        self.target = self.config.target(self.method.scope)
+        self.fallback = METHODS["magnitude"]
+
+    @property
+    def kind(self) -> str:
+        """Which walk this is: one-pass, staged or two-pass."""
+        if self.config.sequential == "block":
+            return "two-pass"
+        return "one-pass" if len(self.hidden) == 1 else "staged"
+
+    @torch.no_grad()
+    def run(self, start: int = 0) -> Iterator[WalkEvent]:
+        """Prune blocks ``start`` and later.
+
+        Raises:
+            NonFiniteError: NaN or inf in a block's output; names the block.
+            FactorizationError: names the site.
+        """
+        num_blocks = len(self.stack.blocks)
+        for index in range(start, num_blocks):
+            begun = time.perf_counter()
+            name, block = self.stack.name(index), self.stack.blocks[index]
+            yield BlockStarted(block=index, name=name, num_blocks=num_blocks)
+            sites = select(self.stack.sites[index], self.config.skip)
+            home = module_device(block)
+            with placed(block, self.device if home.type == "cpu" else home):
+                reports = self._prune_block(index, block, sites)
+            order = {site.name: position for position, site in enumerate(sites)}
+            reports.sort(key=lambda report: order[report.name])
+            for report in reports:
+                yield SitePruned(block=index, site=report)
+            yield from _warnings(reports)
+            seconds = time.perf_counter() - begun
+            summary = BlockReport(index=index, name=name, seconds=seconds, sites=tuple(reports))
+            yield BlockFinished(block=index, num_blocks=num_blocks, report=summary)
+
+    def _prune_block(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
+        repeated = self.stack.repeated.intersection(site.name for site in sites)
+        if self.kind == "one-pass" and not repeated:
+            return self._one_pass(index, block, sites)
+        reports = []
+        pending = {site.name: site for site in sites}
+        while pending:
+            collected = self._collect(index, block, pending, whole=self.kind == "two-pass")
+            if not collected:
+                break
+            reports += [self._prune(pending.pop(name), stats) for name, stats in collected.items()]
+        reports += [self._prune(site, None) for site in pending.values()]
+        for batch in range(len(self.hidden)):
+            self._forward(index, block, batch, keep=True)
+        return reports
+
+    def _one_pass(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
+        pending = {site.name: site for site in sites}
+        reports = []
+        shared: SharedInputs[LinearStats] = SharedInputs()
+
+        def on_input(site: Site, x_TI: Tensor) -> None:
+            if site.name not in pending:
+                return
+            stats = shared.get(x_TI)
+            if stats is None:
+                stats = LinearStats(site.shape[1], self.method.needs, x_TI.device)
+                stats.update(x_TI)
+                shared.put(x_TI, stats)
+            reports.append(self._prune(pending.pop(site.name), stats))
+
+        with Watcher(sites, on_input):
+            self._forward(index, block, 0, keep=True)
+        return reports + [self._prune(site, None) for site in pending.values()]
+
+    def _collect(
+        self, index: int, block: nn.Module, pending: dict[str, Site], *, whole: bool
+    ) -> dict[str, LinearStats]:
+        """Statistics of all pending sites (``whole``), or of the first group of them that shares an input.
+
+        Experts of one parameter form one group: none of their inputs depends on another's output.
+        """
+        collected: dict[str, LinearStats] = {}
+        group: set[int] = set()  # ids of the statistics of the open group
+        parameters: set[tuple[int, str]] = set()  # expert parameters of the open group
+        shared: SharedInputs[LinearStats] = SharedInputs()
+
+        def on_input(site: Site, x_TI: Tensor) -> None:
+            if site.name not in pending:
+                return
+            key = (id(site.module), site.parameter)
+            stats = shared.get(x_TI)
+            own = collected.get(site.name)
+            in_group = whole or not group or own is not None or id(stats) in group or key in parameters
+            if not in_group:
+                if parameters:
+                    return  # a later expert of this group may still come
+                raise _GroupComplete
+            if stats is None or (own is not None and own is not stats):
+                stats = own or LinearStats(site.shape[1], self.method.needs, x_TI.device)
+                stats.update(x_TI)
+                shared.put(x_TI, stats)
+            collected[site.name] = stats
+            group.add(id(stats))
+            if site.expert is not None:
+                parameters.add(key)
+
+        for batch in range(len(self.hidden)):
+            shared = SharedInputs()
+            with Watcher(pending.values(), on_input):
+                try:
+                    self._forward(index, block, batch, keep=False)
+                except _GroupComplete:
+                    pass
+        return collected
+
+    def _forward(self, index: int, block: nn.Module, batch: int, *, keep: bool) -> None:
+        hidden_NSH = self.hidden[batch].to(module_device(block))
+        output_NSH = self.recording.calls[batch][index].run(block, hidden_NSH)
+        if keep:
+            if not torch.isfinite(output_NSH).all():
+                raise NonFiniteError(
+                    f"{self.stack.name(index)} puts out NaN or inf after pruning. Use --dtype float32, lower the sparsity, "
+                    "or check that the dense model evaluates to a finite perplexity."
+                )
+            self.hidden[batch] = output_NSH.to(self.hidden[batch].device)
+
+    def _prune(self, site: Site, stats: LinearStats | None) -> SiteReport:
+        """Prune one site in place; without usable statistics by its weights alone."""
+        num_tokens = stats.num_tokens if stats else 0
+        starved = site.expert is not None and num_tokens < MIN_EXPERT_TOKENS
+        method = self.fallback if stats is None or starved else self.method
+        if stats is None or method is self.fallback:
+            stats = LinearStats(site.shape[1], Need.NOTHING, site.stored.device)
+        elif not bool(torch.isfinite(stats.sq_I).all()):
+            raise NonFiniteError(f"the calibration activations of {site.name} overflow fp32. Use --dtype float32 or bfloat16.")
+        dense_OI = site.weight_OI
+        # The CPU generator keeps 32 bits of its seed: a hash of both, and the same whatever was pruned before.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {site.name}".encode()))
+        try:
+            pruned_OI = method.prune(dense_OI, stats, self.target, damping=self.config.damping, generator=generator)
+        except FactorizationError as error:
+            raise FactorizationError(f"{site.name}: {error} Raise --damping, or use --dtype float32.") from None
+        error = _output_error(dense_OI, pruned_OI, stats)
+        num_zeros = write_(site, pruned_OI)
+        fallback = None
+        if method is not self.method and self.method.needs > Need.NOTHING:
+            fallback = f"scored by magnitude: {num_tokens} calibration tokens reached it"
+        elif (used := stats.damping_used) and used > self.config.damping:
+            fallback = f"damping raised to {used:g}"
+        return SiteReport(
+            name=site.name, shape=site.shape, numel=site.numel, num_zeros=num_zeros, num_tokens=num_tokens,
+            output_error=error, fallback=fallback,
+        )  # fmt: skip
+
+
+def _output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStats) -> float | None:
+    """||(W - W') X||_F^2 / ||W X||_F^2 = tr(D G D^T) / tr(W G W^T); None without the Gram matrix."""
+    if stats.gram_II is None:
+        return None
+    dense_OI = dense_OI.float()
+    change_OI = dense_OI - pruned_OI.float()
+    whole = ((dense_OI @ stats.gram_II) * dense_OI).sum(dtype=torch.float64)
+    lost = ((change_OI @ stats.gram_II) * change_OI).sum(dtype=torch.float64)
+    return float(lost / whole) if whole > 0 else 0.0
+
+
+def _warnings(reports: Sequence[SiteReport]) -> Iterator[Warned]:
+    fallen = [report for report in reports if report.fallback]
+    for report in fallen[:8]:
+        yield Warned(message=f"{report.name}: {report.fallback}.")
+    if len(fallen) > 8:
+        yield Warned(message=f"{len(fallen) - 8} more sites of this block fell back; the report names them.")

@@ -1,0 +1,67 @@
+"""How much memory a job needs: one set of formulas for the walk's choice of batch and for ``llmprune plan``.
+
+H hidden, T tokens of one forward, I in and O out features of a site. All results are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmprune.anatomy.sites import Site
+from llmprune.spec import Need
+
+STAGED_TOKENS = 8192
+"""Tokens of one forward when the calibration set goes through a block in several batches."""
+
+
+def block_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_size: int, itemsize: int, need: Need) -> int:
+    """Peak of one block's forward over T tokens beside its input: residual, the widest three intermediates at once
+    (gate, up and their product), and the fp32 copy of the inputs a Gram matrix is summed from.
+    """
+    widest = max((max(site.shape) for site in sites if site.expert is None), default=0)
+    widest = max(widest, max((2 * max(site.shape) for site in sites if site.expert is not None), default=0))
+    live = num_tokens * itemsize * (3 * hidden_size + 3 * widest)
+    if need == Need.GRAM and itemsize < 4:
+        live += num_tokens * 4 * max((site.shape[1] for site in sites), default=0)
+    return live
+
+
+def solve_bytes(sites: Sequence[Site], need: Need) -> int:
+    """Peak of pruning one site: fp32 copies of its weight (score, sorted copy, support), and for methods that hold the
+    Gram matrix that matrix in fp32 with its factorisation in fp64.
+    """
+    if not sites:
+        return 0
+    work = max(site.numel for site in sites) * 4 * 4
+    if need == Need.GRAM:
+        work += max(site.shape[1] for site in sites) ** 2 * (4 + 4 * 8)
+    return work
+
+
+def logits_bytes(*, num_tokens: int, vocab_size: int, with_teacher: bool) -> int:
+    """Peak of scoring T tokens: logits as they come and in fp32, log-probabilities; twice over for a divergence."""
+    return num_tokens * vocab_size * 4 * (6 if with_teacher else 3)
+
+
+def choose_batch_size(
+    sites: Sequence[Site],
+    *,
+    num_samples: int,
+    seq_len: int,
+    hidden_size: int,
+    itemsize: int,
+    need: Need,
+    one_pass: bool,
+    free_bytes: int,
+) -> int:
+    """Calibration sequences per forward: all of them where one pass is wanted and fits in half of what is free, else as
+    many as keep the block's activations small beside the hidden states.
+    """
+    activations = block_activation_bytes(
+        sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need
+    )
+    hidden = 2 * num_samples * seq_len * hidden_size * itemsize
+    budget = free_bytes // 2 - hidden - solve_bytes(sites, need)
+    if one_pass and num_samples * activations <= budget:
+        return num_samples
+    return max(1, min(num_samples, STAGED_TOKENS // seq_len, budget // activations))
