@@ -1,0 +1,1 @@
+"""Files and network: models, text, checkpoints, the journal. The only code that touches either."""

@@ -1,0 +1,135 @@
+"""Writing the result: an ordinary Hugging Face directory, with the report beside the weights.
+
+Everything is written to a temporary directory next to the target, synced, and renamed at the end: a directory of that
+name is whole or not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.errors import DiskFull, OutputError
+from llmprune.io.journal import sync_and_hash, sync_directory, write_durably
+from llmprune.io.render import render_card, render_html
+from llmprune.report import Report
+
+MANIFEST = "llmprune.json"
+_COPIED_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def check_output(out: Path, source: Path | None) -> None:
+    """Raise OutputError before any work if ``out`` is the input, inside it, or holds something."""
+    if out.name in ("", ".."):
+        raise OutputError(f"--out {out} has no name of its own; give the name of a new directory.")
+    resolved = out.resolve()
+    if source is not None and (resolved == source.resolve() or source.resolve() in resolved.parents):
+        raise OutputError(f"--out {out} is the input model itself or lies inside it; choose another directory.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} already exists and is not empty; choose another --out or delete it.")
+    if out.is_mount():  # the finished checkpoint takes its place by a rename
+        raise OutputError(f"--out {out} is a mount point; choose a directory inside it, such as {out / 'pruned'}.")
+    parent = resolved.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"--out {out} cannot be created: {parent} is not a directory.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"--out {out} cannot be created: {parent} is not writable. Choose another --out.")
+
+
+def check_disk(where: Path, needed_bytes: int) -> None:
+    """Raise DiskFull if the file system of ``where`` has less than ``needed_bytes`` left."""
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    if free < needed_bytes:
+        raise DiskFull(
+            f"{where} has {free / 1e9:.2f} GB free; the checkpoint and the work directory need {needed_bytes / 1e9:.2f} GB. "
+            "Free some space or choose another --out."
+        )
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn 'no space left' from any layer into DiskFull."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise DiskFull(
+                f"no space left on the disk of {where}. Free some, then go on with --resume: finished blocks are kept."
+            ) from None
+        raise
+
+
+def save_weights(
+    model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None, source: Path | None, code: bool
+) -> None:
+    """Write weights, config and tokenizer to ``folder``; what pruning does not change is copied from ``source`` byte for byte.
+
+    Args:
+        code: also copy the modelling code the source ships (it was loaded with remote code allowed).
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    readable = (folder / "config.json").stat().st_mode & 0o777
+    for file in folder.glob("*.safetensors"):
+        file.chmod(readable)  # safetensors leaves 0600 whatever the umask
+    if source is not None:
+        for pattern in (*_COPIED_FILES, *(("*.py",) if code else ())):
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def finish(folder: Path, out: Path, report: Report, fingerprint: Mapping[str, Any], license: str | None) -> None:
+    """Add card, report and manifest to the written weights, sync everything and rename ``folder`` to ``out``."""
+    (folder / "README.md").write_text(render_card(report, report.model.name, license), encoding="utf-8")
+    (folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    (folder / "report.html").write_text(render_html(report), encoding="utf-8")
+    digests = {file.name: sync_and_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    manifest = {
+        "schema_version": report.schema_version,
+        "fingerprint": dict(fingerprint),
+        "sha256": digests,
+        "report": report.model_dump(mode="json"),
+    }
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sync_directory(folder)
+    if out.exists():
+        out.rmdir()  # an empty directory, or OSError
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(out)
+    sync_directory(out.parent)
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of the safetensors files of a directory."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def license_of(source: Path | None) -> str | None:
+    """The licence the source's model card states, or None."""
+    card = source / "README.md" if source else None
+    if card is None or not card.is_file():
+        return None
+    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
+        if line.startswith("license:"):
+            return line.split(":", 1)[1].strip() or None
+    return None

@@ -1,0 +1,1 @@
+"""What the pruning cost and gained: perplexity, divergence from the dense model, latency."""

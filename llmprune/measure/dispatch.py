@@ -1,0 +1,49 @@
+"""Running a whole model on a device it may not fit on: placement and offload are accelerate's."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.hooks import remove_hook_from_submodules
+from transformers import PreTrainedModel
+
+from llmprune.devices import free_bytes, module_device, placed
+
+_WORKING_SHARE = 0.8
+"""Share of the free memory that weights may take; the rest is for activations."""
+
+
+@contextmanager
+def dispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Make whole-model forwards run on ``device``: as it lies, moved there, or spread by accelerate over all devices and
+    the CPU where it does not fit. Afterwards the weights are back where they were.
+    """
+    home = module_device(model)
+    if device.type == "cpu" or home.type != "cpu":
+        yield
+        return
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if size <= _WORKING_SHARE * free_bytes(device):
+        with placed(model, device):
+            yield
+        return
+    device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
+    with spread(model, device_map):
+        yield
+
+
+@contextmanager
+def spread(model: PreTrainedModel, device_map: Mapping[str, int | str | torch.device]) -> Iterator[None]:
+    """Dispatch over a device map (``cpu`` and ``disk`` entries are offloaded), then gather the weights on the CPU."""
+    with tempfile.TemporaryDirectory() as offload:
+        dispatch_model(model, dict(device_map), offload_dir=offload, force_hooks=True)
+        try:
+            yield
+        finally:
+            remove_hook_from_submodules(model)
+            model.to("cpu")
+            model.__dict__.pop("hf_device_map", None)
