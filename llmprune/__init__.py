@@ -1,0 +1,39 @@
+"""llmprune: prune a Hugging Face causal language model after training, and report honestly what it cost and gained.
+
+    >>> import llmprune
+    >>> report = llmprune.prune("demo", method="sparsegpt", sparsity=0.5, out="pruned")  # doctest: +SKIP
+    >>> report.verdict.text  # doctest: +SKIP
+
+Importing this package does not import torch; the first call does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmprune._version import __version__
+from llmprune.errors import LlmpruneError, UserError
+from llmprune.report import Evaluation, Inspection, Plan, Report
+from llmprune.spec import PruneConfig
+
+if TYPE_CHECKING:
+    from llmprune.api import evaluate, inspect, plan, prune, prune_iter
+
+_LAZY = ("evaluate", "inspect", "plan", "prune", "prune_iter")
+
+__all__ = [
+    "Evaluation", "Inspection", "LlmpruneError", "Plan", "PruneConfig", "Report", "UserError", "__version__",
+    "evaluate", "inspect", "plan", "prune", "prune_iter",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import llmprune.api
+
+        return getattr(llmprune.api, name)
+    raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

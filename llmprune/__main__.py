@@ -1,0 +1,5 @@
+"""``python -m llmprune``: the command line."""
+
+from llmprune.cli import main
+
+main()

@@ -1,0 +1,269 @@
+"""What a terminal shows: the report as compact tables, and one progress bar per stage. Torch-free."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from llmprune.events import BlockFinished, BlockStarted, Event, Progress, Stage, StageFinished, StageStarted, Warned
+from llmprune.io.render import (
+    NOTHING,
+    count,
+    duration,
+    number,
+    overlap,
+    pair_speeds,
+    percent,
+    rate,
+    size,
+    target_percent,
+    times,
+    verdict_parts,
+)
+from llmprune.report import Latency, Report, Speed
+
+LABELS: dict[Stage, str] = {
+    "load": "Loading model",
+    "calibration": "Calibration text",
+    "dense": "Measuring dense model",
+    "prune": "Pruning blocks",
+    "pruned": "Measuring pruned model",
+    "save": "Writing checkpoint",
+}
+STYLES = {"good": "bold green", "degraded": "bold yellow", "broken": "bold red", "unmeasured": "bold"}
+PLAIN_STEP = 0.1
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced: a name from outside must not steer the terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print verdict, quality, sparsity, speed and stages; fits 80 columns."""
+    word, sentence = verdict_parts(report.verdict)
+    config = report.config
+    title = f"{report.model.name}: {config.method}, {config.pattern}, target {target_percent(config.sparsity)}"
+    console.print(Text(printable(title), style="bold"))
+    console.print(Text.assemble((word, STYLES[report.verdict.status]), ". ", printable(sentence)))
+    if report.quality:
+        console.print(_quality(report))
+    console.print(_sparsity(report))
+    if report.latency:
+        console.print(_speed(report.latency))
+        if report.latency.note:
+            console.print(Text(printable(report.latency.note), style="dim"))
+    if report.stages:
+        console.print(_stages(report))
+    for warning in report.warnings:
+        console.print(_warning(warning))
+    if report.out is not None:
+        where = (printable(report.out), "bold")
+        console.print(Text.assemble("Written to ", where, f", {size(report.checkpoint_bytes)}"), overflow="fold")
+
+
+def _quality(report: Report) -> Table:
+    table = _table("Perplexity", "seq_len", "dense", "pruned", "ratio", "KL", "top-1")
+    for item in report.quality:
+        _add(
+            table,
+            item.text.source,
+            str(item.text.seq_len),
+            number(item.perplexity_dense),
+            number(item.perplexity_pruned),
+            times(item.ratio),
+            number(item.kl, 4),
+            percent(item.top1_agreement),
+        )
+    return table
+
+
+def _sparsity(report: Report) -> Table:
+    table = _table("Sparsity", "zeros", "weights", "fraction")
+    sites = [site for block in report.blocks for site in block.sites]
+    num_zeros, numel = sum(site.num_zeros for site in sites), sum(site.numel for site in sites)
+    _add(table, f"{count(report.num_sites)} pruned sites", count(num_zeros), count(numel), percent(report.sparsity))
+    model = report.model.num_parameters
+    _add(table, "whole model", count(report.num_zeros_model), count(model), percent(report.sparsity_of_model))
+    return table
+
+
+def _speed(latency: Latency) -> Table:
+    table = _table("Tokens per second", "batch", "tokens", "dense", "pruned", "ratio")
+    for dense, pruned in pair_speeds(latency):
+        sizes = (str(dense.batch_size), count(dense.num_tokens))
+        _add(table, dense.phase, *sizes, rate(dense.tokens_per_second), *_pruned_speed(dense, pruned))
+    return table
+
+
+def _pruned_speed(dense: Speed, pruned: Speed | None) -> tuple[str, str]:
+    """Speed and ratio; ``~`` marks a ratio within the spread of the runs."""
+    if pruned is None or not dense.tokens_per_second:
+        return NOTHING, NOTHING
+    ratio = times(pruned.tokens_per_second / dense.tokens_per_second)
+    return rate(pruned.tokens_per_second), ("~" if overlap(dense, pruned) else "") + ratio
+
+
+def _stages(report: Report) -> Table:
+    table = _table("Stage", "time", "peak CPU", "peak GPU")
+    labels = {str(stage): label for stage, label in LABELS.items()}
+    for stage in report.stages:
+        label = labels.get(stage.name, stage.name)
+        _add(table, label, duration(stage.seconds), size(stage.peak_cpu_bytes), size(stage.peak_gpu_bytes))
+    _add(table, "all", duration(report.seconds), "", "")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of literal text: Text, because square brackets in a plain string would be read as markup."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+def _warning(message: str) -> Text:
+    return Text.assemble(("Warning: ", "yellow"), printable(message))
+
+
+class ProgressView:
+    """Draws the events of a running job on stderr: bars on a terminal, plain lines elsewhere.
+
+    Use as ``with ProgressView() as view: ... view.handle(event)``; leaving the block gives the terminal back.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        kind: type[_BarView | _LineView] = _BarView if self.console.is_terminal else _LineView
+        self._view = kind(self.console)
+
+    def __enter__(self) -> Self:
+        self._view.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._view.stop()
+
+    def handle(self, event: Event) -> None:
+        """Show one event; events that say nothing new to a reader are ignored."""
+        match event:
+            case StageStarted():
+                self._view.begin(event.stage, event.total, event.resumed_at)
+            case Progress():
+                self._view.advance(event.stage, event.done, event.total, event.detail)
+            case BlockStarted():
+                self._view.advance("prune", event.block, event.num_blocks, event.name)
+            case BlockFinished():
+                self._view.advance("prune", event.block + 1, event.num_blocks, event.report.name)
+            case StageFinished():
+                self._view.end(event.stage, event.seconds)
+            case Warned():
+                self.console.print(_warning(event.message))
+            case _:
+                pass
+
+
+class _Remaining(ProgressColumn):
+    """Time left while a stage runs; what it took once it is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = TimeRemainingColumn(compact=True)
+
+    def render(self, task: Task) -> Text:
+        taken: float | None = task.fields["seconds"]
+        return self._left.render(task) if taken is None else Text(duration(taken), style="green")
+
+
+class _BarView:
+    """One bar per stage, drawn by rich."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Bars(
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            _Remaining(),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            console=console,
+        )
+        self._tasks: dict[Stage, TaskID] = {}
+
+    def start(self) -> None:
+        self._bars.start()
+
+    def stop(self) -> None:
+        self._bars.stop()
+
+    def begin(self, stage: Stage, total: int, resumed_at: int) -> None:
+        detail = f"resumed at {resumed_at}" if resumed_at else ""
+        # A total of None makes the bar pulse until a Progress event brings the number.
+        self._tasks[stage] = self._bars.add_task(
+            LABELS[stage], total=total or None, completed=resumed_at, detail=detail, seconds=None
+        )
+
+    def advance(self, stage: Stage, done: int, total: int, detail: str) -> None:
+        if stage not in self._tasks:
+            self.begin(stage, total, 0)
+        shown = printable(detail)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None, detail=shown)
+
+    def end(self, stage: Stage, seconds: float) -> None:
+        if stage not in self._tasks:
+            self.begin(stage, 0, 0)
+        task = next(task for task in self._bars.tasks if task.id == self._tasks[stage])
+        total = task.total or 1
+        self._bars.update(task.id, completed=total, total=total, detail="", seconds=seconds)
+
+
+class _LineView:
+    """A line per stage begun and ended, and one for about every tenth of it, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown: dict[Stage, float] = {}
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def begin(self, stage: Stage, total: int, resumed_at: int) -> None:
+        self._shown[stage] = resumed_at / total if total else 0.0
+        self._print(stage, f"resumed at {resumed_at}/{total}" if resumed_at else "started")
+
+    def advance(self, stage: Stage, done: int, total: int, detail: str) -> None:
+        """Print where a tenth was passed since the last line; the end of the stage has a line of its own."""
+        fraction = done / total if total else 0.0
+        if fraction < 1 and fraction - self._shown.get(stage, 0.0) >= PLAIN_STEP - 1e-9:
+            self._shown[stage] = fraction
+            self._print(stage, f"{done}/{total} ({percent(fraction, 0)})")
+
+    def end(self, stage: Stage, seconds: float) -> None:
+        self._print(stage, f"done in {duration(seconds)}")
+
+    def _print(self, stage: Stage, text: str) -> None:
+        self._console.print(Text(f"{LABELS[stage]}: {text}"), soft_wrap=True)

@@ -1,0 +1,415 @@
+"""The job: load, calibrate, measure, prune, measure again, write. A generator of events; closing it cancels.
+
+Everything a front end needs comes out as events; everything a resumed run needs lies in the journal.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune import memory
+from llmprune._version import __version__
+from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
+from llmprune.anatomy.sites import check_pattern, select
+from llmprune.devices import PeakMemory, device_name, environment, free_bytes, module_device, pick_device
+from llmprune.engines.layerwise import Walk
+from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, UnsupportedModel
+from llmprune.measure.dispatch import dispatched
+from llmprune.measure.latency import DENSE_NOTE, measure_speed
+from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
+from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, StageFinished, StageStarted, Warned
+from llmprune.io import checkpoint
+from llmprune.io.journal import Journal
+from llmprune.io.models import Source, load_model, load_tokenizer, local_directory, resolve
+from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
+from llmprune.methods import get_method
+from llmprune.report import BlockReport, Latency, ModelReport, Quality, Report, Speed, StageReport
+from llmprune.spec import Pattern, PruneConfig, default_seq_len
+
+_DENSE = "dense"
+
+
+@dataclass
+class Job:
+    """One run. ``run()`` may be called once.
+
+    Attributes:
+        config: what is asked for.
+        model, tokenizer: given for a model in memory (pruned in place); None to load ``config.model``.
+        out: where the checkpoint goes; None writes nothing.
+        resume: go on with the journal beside ``out``.
+    """
+
+    config: PruneConfig
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    out: Path | None = None
+    resume: bool = False
+    source: Source | None = None
+    journal: Journal | None = None
+    warnings: list[str] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    resumed: bool = False
+
+    def run(self) -> Iterator[Event]:
+        """Do the job; the last event is Finished."""
+        self._check()
+        try:
+            with checkpoint.disk_errors(self.out or Path.cwd()):
+                yield from self._load()
+                yield from self._calibrate()
+                self._open_journal()
+                yield from self._measure_dense()
+                yield from self._prune()
+                yield from self._measure_pruned()
+                yield from self._save()
+        except (NonFiniteError, FactorizationError):
+            if self.journal:
+                self.journal.remove()  # the same run would stop here again, and another one may not go on with it
+            raise
+        finally:
+            if self.journal:
+                self.journal.close()
+
+    def _check(self) -> None:
+        """Everything that can be refused before a byte is read."""
+        config = self.config
+        get_method(config.method)
+        self.device = pick_device(config.device)
+        self.in_memory = self.model is not None
+        self.calibration_source = config.calibration_source(in_memory=self.in_memory)
+        self.eval_sources = config.eval_sources(in_memory=self.in_memory)
+        check_source(self.calibration_source)
+        for source in self.eval_sources:
+            check_source(source, evaluation=True)
+        if self.out is not None:
+            checkpoint.check_output(self.out, None if self.in_memory else local_directory(config.model))
+            if not self.in_memory:
+                self._journal_of(self.out).check(resume=self.resume)
+
+    # Stages ---------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> Iterator[Event]:
+        clock = self._clock("load")
+        yield clock.started(3)
+        if self.model is None:
+            self.source = resolve(self.config)
+            yield Progress(stage="load", done=1, total=3, detail=str(self.source.name))
+            if self.out is not None:
+                checkpoint.check_output(self.out, self.source.path)
+                checkpoint.check_disk(self.out, 2 * self.source.weights_bytes)
+            self.tokenizer = self.tokenizer or load_tokenizer(self.source.path, self.config)
+            self.model = load_model(self.source, self.config, self._home())
+        elif module_device(self.model).type != "cpu":
+            self.device = module_device(self.model)
+        if self.tokenizer is None:
+            raise ConfigError("a model in memory needs its tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
+        yield Progress(stage="load", done=2, total=3)
+        self.model.eval()
+        text_config = self.model.config.get_text_config()
+        self.seq_len = self.config.seq_len or default_seq_len(text_config)
+        with dispatched(self.model, self.device):
+            device = module_device(self.model)
+            ids = torch.arange(16, device=device)[None] % text_config.vocab_size
+            self.stack = probe(self.model, find_stack(self.model), ids)
+        self._check_sites(self.stack)
+        _check_finite(self.stack)
+        self.model_report = describe_model(self.config, self.model, self.stack, self.source)
+        yield clock.finished()
+
+    def _calibrate(self) -> Iterator[Event]:
+        clock = self._clock("calibration")
+        yield clock.started(1 + len(self.eval_sources))
+        assert self.model is not None and self.tokenizer is not None
+        with dispatched(self.model, self.device) if self.calibration_source == "synthetic" else nullcontext():
+            self.calibration = load_calibration(
+                self.calibration_source, self.tokenizer, num_samples=self.config.num_samples, seq_len=self.seq_len,
+                seed=self.config.seed, model=self.model,
+            )  # fmt: skip
+        yield Progress(stage="calibration", done=1, total=1 + len(self.eval_sources), detail=self.calibration_source)
+        self.texts: list[TokenSet] = []
+        for source in self.eval_sources:
+            limit = self.config.max_eval_tokens
+            self.texts.append(load_evaluation(source, self.tokenizer, seq_len=self.seq_len, max_tokens=limit))
+            done = 1 + len(self.texts)
+            yield Progress(stage="calibration", done=done, total=1 + len(self.eval_sources), detail=source)
+        if self.calibration_source in self.eval_sources and Path(self.calibration_source).exists():
+            yield self._warn(f"{self.calibration_source} serves for calibration and evaluation: the perplexity is optimistic.")
+        self.batch_size = self.config.batch_size or self._choose_batch_size()
+        yield clock.finished()
+
+    def _open_journal(self) -> None:
+        """Only jobs that can be started again from a name keep a journal."""
+        if self.out is None or self.source is None:
+            return
+        self.fingerprint = {
+            "revision": self.source.revision,
+            "tokens": self.calibration.report.sha256,
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+            "llmprune": __version__,
+            "torch": torch.__version__,
+            **{f"config.{name}": value for name, value in self.config.model_dump(mode="json").items()},
+        }
+        self.journal = self._journal_of(self.out)
+        self.resumed = self.resume and self.journal.exists
+        if self.resumed:  # the batch that fits may have changed since; the run's own one is kept
+            self.fingerprint["batch_size"] = self.batch_size = self.journal.recorded()["batch_size"]
+        self.journal.open(self.fingerprint, resume=self.resume)
+
+    def _measure_dense(self) -> Iterator[Event]:
+        clock = self._clock("dense")
+        total = self._num_windows()
+        if self.journal and self.journal.has(_DENSE):
+            yield clock.started(total, resumed_at=total)
+            data = self.journal.read(_DENSE, ["hidden.safetensors"])
+            self.dense = [Quality.model_validate(item) for item in data["quality"]]
+            self.dense_speed = tuple(Speed.model_validate(item) for item in data["speed"])
+            yield clock.finished(data["seconds"])
+            return
+        yield clock.started(total)
+        quality, self.dense_speed, hidden = yield from self._measure("dense", None)
+        self.dense = quality
+        if self.journal:
+            self.journal.write(
+                _DENSE,
+                {
+                    "quality": [item.model_dump(mode="json") for item in quality],
+                    "speed": [item.model_dump(mode="json") for item in self.dense_speed],
+                    "seconds": clock.seconds,
+                },
+                {"hidden.safetensors": hidden},
+            )
+        else:
+            self.dense_hidden = hidden
+        yield clock.finished()
+
+    def _prune(self) -> Iterator[Event]:
+        clock = self._clock("prune")
+        start = self.journal.num_blocks() if self.journal else 0
+        yield clock.started(len(self.stack.blocks), resumed_at=start)
+        assert self.model is not None
+        with dispatched(self.model, self.device):
+            device = module_device(self.model)
+            batches = [batch.to(device) for batch in self.calibration.ids_NS.split(self.batch_size)]
+            recording = record(self.model, self.stack, batches)
+        walk = Walk(self.stack, recording, self.config, self.device)
+        self.walk_kind = walk.kind
+        for index in range(start):
+            assert self.journal
+            report, weights = self.journal.read_block(index)
+            self.stack.blocks[index].load_state_dict(weights, strict=False)
+            self.blocks.append(report)
+        if start:
+            assert self.journal
+            walk.hidden = [tensor.to(recording.hidden[0].device) for tensor in self.journal.read_hidden(start - 1)]
+        with eager_experts(self.model):
+            for event in walk.run(start):
+                if isinstance(event, BlockFinished):
+                    self.blocks.append(event.report)
+                    if self.journal:
+                        block = self.stack.blocks[event.block]
+                        self.journal.write_block(event.block, event.report, dict(block.named_parameters()), walk.hidden)
+                if isinstance(event, Warned):
+                    self.warnings.append(event.message)
+                yield event
+        yield clock.finished(sum(block.seconds for block in self.blocks[:start]) + clock.seconds)
+
+    def _measure_pruned(self) -> Iterator[Event]:
+        clock = self._clock("pruned")
+        yield clock.started(self._num_windows())
+        hidden = self.journal.tensors(_DENSE, "hidden.safetensors") if self.journal else self.dense_hidden
+        quality, self.pruned_speed, _ = yield from self._measure("pruned", hidden)
+        self.quality = tuple(quality)
+        yield clock.finished()
+
+    def _save(self) -> Iterator[Event]:
+        clock = self._clock("save")
+        if self.out is None:
+            yield Finished(report=self._report(None))
+            return
+        yield clock.started(2)
+        assert self.model is not None
+        folder = self.out.with_name(f".{self.out.name}.tmp")
+        try:
+            source = self.source.path if self.source else None
+            checkpoint.save_weights(
+                self.model, folder, tokenizer=self.tokenizer, source=source, code=self.config.trust_remote_code
+            )
+            yield Progress(stage="save", done=1, total=2)
+            finished = clock.finished()
+            report = self._report(checkpoint.weights_bytes(folder))
+            fingerprint = self.fingerprint if self.journal else {}
+            checkpoint.finish(folder, self.out, report, fingerprint, checkpoint.license_of(source))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        yield finished
+        if self.journal:
+            self.journal.remove()
+        yield Finished(report=report)
+
+    # Parts ----------------------------------------------------------------------------------------------------------
+
+    def _measure(
+        self, stage: Stage, dense_hidden: dict[str, Tensor] | None
+    ) -> Generator[Event, None, tuple[list[Quality], tuple[Speed, ...], dict[str, Tensor]]]:
+        """Score every text and time the model; returns qualities, speeds and the head's inputs by text and batch."""
+        assert self.model is not None
+        total, offset = self._num_windows(), 0
+        qualities: list[Quality] = []
+        kept: dict[str, Tensor] = {}
+        speeds: tuple[Speed, ...] = ()
+        with dispatched(self.model, self.device):
+            for number, text in enumerate(self.texts):
+                keep: list[Tensor] | None = [] if dense_hidden is None else None
+                dense = None if dense_hidden is None else self._reference(dense_hidden, number)
+                scoring = score_text(self.model, text.ids_NS, dense=dense, keep=keep)
+                scores = yield from as_events(scoring, stage, text.report.source, offset=offset, total=total)
+                offset += len(text.ids_NS)
+                if keep is not None:
+                    kept |= {f"{number:03d}.{batch:06d}": tensor for batch, tensor in enumerate(keep)}
+                    measured = Quality(
+                        text=text.report, perplexity_dense=scores.perplexity, seconds_dense=scores.seconds
+                    )
+                else:
+                    measured = against(self.dense[number], scores)
+                qualities.append(measured)
+            if self.config.latency:
+                speeds = measure_speed(self.model, self.calibration.ids_NS[:1])
+                yield Progress(stage=stage, done=total, total=total, detail="latency")
+        return qualities, speeds, kept
+
+    def _reference(self, dense_hidden: dict[str, Tensor], number: int) -> Reference:
+        """The dense model's logits on text ``number``, from its stored final hidden states."""
+        model = self.model
+        assert model is not None
+        return lambda batch, ids_NS: replay_head(model, self.stack, ids_NS, dense_hidden[f"{number:03d}.{batch:06d}"])
+
+    def _report(self, checkpoint_bytes: int | None) -> Report:
+        assert self.model is not None
+        latency = None
+        if self.config.latency:
+            latency = Latency(
+                device=device_name(self.device), dense=self.dense_speed, pruned=self.pruned_speed, note=DENSE_NOTE
+            )
+        return Report(
+            config=self.config,
+            model=self.model_report,
+            environment=environment(self.device),
+            calibration=self.calibration.report,
+            scope=self.config.target(get_method(self.config.method).scope).scope,
+            walk=self.walk_kind,
+            blocks=tuple(self.blocks),
+            quality=self.quality,
+            latency=latency,
+            stages=tuple(self.stages),
+            num_zeros_model=sum(int((parameter == 0).sum()) for parameter in self.model.parameters()),
+            warnings=tuple(self.warnings),
+            resumed=self.resumed,
+            out=str(self.out) if self.out else None,
+            checkpoint_bytes=checkpoint_bytes,
+        )
+
+    def _home(self) -> torch.device:
+        """Where the weights live: on the device if model and one block's work fit there, else in CPU memory."""
+        assert self.source is not None
+        if self.device.type == "cpu" or self.source.weights_bytes * 1.3 > free_bytes(self.device):
+            return torch.device("cpu")
+        return self.device
+
+    @staticmethod
+    def _journal_of(out: Path) -> Journal:
+        return Journal(out.with_name(out.name + ".work"))
+
+    def _check_sites(self, stack: Stack) -> None:
+        pattern = Pattern.parse(self.config.pattern)
+        chosen = [site for sites in stack.sites for site in select(sites, self.config.skip)]
+        if not chosen:
+            raise UnsupportedModel(
+                f"nothing to prune: {sum(map(len, stack.sites))} sites in {stack.path}, all taken out by --skip."
+            )
+        check_pattern(chosen, pattern)
+
+    def _choose_batch_size(self) -> int:
+        assert self.model is not None
+        hidden_size = self.model.config.get_text_config().hidden_size
+        return memory.choose_batch_size(
+            [site for sites in self.stack.sites for site in sites],
+            num_samples=self.config.num_samples,
+            seq_len=self.seq_len,
+            hidden_size=hidden_size,
+            itemsize=self.model.dtype.itemsize,
+            need=get_method(self.config.method).needs,
+            one_pass=self.config.sequential == "group",
+            free_bytes=free_bytes(self.device),
+        )
+
+    def _num_windows(self) -> int:
+        return sum(len(text.ids_NS) for text in self.texts)
+
+    def _warn(self, message: str) -> Warned:
+        self.warnings.append(message)
+        return Warned(message=message)
+
+    def _clock(self, stage: Stage) -> _Clock:
+        return _Clock(stage, self.stages)
+
+
+class _Clock:
+    """Times one stage and files its report."""
+
+    def __init__(self, stage: Stage, stages: list[StageReport]) -> None:
+        self.stage: Stage = stage
+        self.stages = stages
+        self.peak = PeakMemory()
+        self.begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def started(self, total: int, resumed_at: int = 0) -> StageStarted:
+        return StageStarted(stage=self.stage, total=total, resumed_at=resumed_at)
+
+    def finished(self, seconds: float | None = None) -> StageFinished:
+        measured = {
+            "seconds": self.seconds if seconds is None else seconds,
+            "peak_cpu_bytes": self.peak.cpu_bytes,
+            "peak_gpu_bytes": self.peak.gpu_bytes,
+        }
+        self.stages.append(StageReport.model_validate({"name": self.stage, **measured}))
+        return StageFinished.model_validate({"stage": self.stage, **measured})
+
+
+def _check_finite(stack: Stack) -> None:
+    for index, block in enumerate(stack.blocks):
+        for name, parameter in block.named_parameters():
+            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                raise NonFiniteError(
+                    f"{stack.name(index)}: its weight {name} holds NaN or inf. The checkpoint is damaged: download it again."
+                )
+
+
+def describe_model(config: PruneConfig, model: PreTrainedModel, stack: Stack, source: Source | None) -> ModelReport:
+    parameters = list(model.parameters())
+    return ModelReport(
+        name=source.name if source else (getattr(model, "name_or_path", "") or type(model).__name__),
+        revision=source.revision if source else "in memory",
+        model_type=model.config.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_prunable=sum(site.numel for sites in stack.sites for site in sites),
+        num_blocks=len(stack.blocks),
+        weights_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    )

@@ -1,0 +1,288 @@
+"""What a job would do and need, before any weight is downloaded: ``llmprune plan``.
+
+The model is built on ``meta`` from config.json; sizes and dtypes come from the safetensors headers. Bytes of each stage
+are the sums :mod:`llmprune.memory` documents; seconds are floating-point operations over the rate a short matrix product
+reaches on the device.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmprune import memory
+from llmprune.anatomy.blocks import Stack, find_stack
+from llmprune.anatomy.sites import Site, check_pattern, select
+from llmprune.devices import device_name, free_bytes, pick_device
+from llmprune.errors import DoesNotFit
+from llmprune.measure.quality import windows_per_batch
+from llmprune.io.models import check_files, hub_errors, load_config, local_directory
+from llmprune.io.stdlib_text import stdlib_documents
+from llmprune.io.text import check_source
+from llmprune.job import describe_model
+from llmprune.methods import get_method
+from llmprune.report import Plan, StagePlan
+from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
+
+_EFFICIENCY = 0.5
+"""Share of a plain matrix product's rate that a whole forward reaches, as measured on small and medium models."""
+
+
+def plan(model: str | Path | None = None, config: PruneConfig | None = None, *, out: str | Path = ".", **overrides: Any) -> Plan:
+    """The plan of a job; ``problems`` says what does not fit and which flag would make it fit.
+
+    Raises:
+        UserError: the same refusals as the job itself, as far as they can be known without weights.
+    """
+    if model is not None:
+        overrides["model"] = str(model)
+    return _Planner(PruneConfig.build(config, **overrides), Path(out)).plan()
+
+
+def require_fit(result: Plan) -> None:
+    """Raise DoesNotFit with the plan's first problem."""
+    if result.problems:
+        raise DoesNotFit(result.problems[0])
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """What the safetensors headers say."""
+
+    weights_bytes: int
+    dtype: str
+    download_bytes: int
+
+
+@dataclass
+class _Planner:
+    config: PruneConfig
+    out: Path
+
+    def plan(self) -> Plan:
+        config = self.config
+        method = get_method(config.method)
+        self.device = pick_device(config.device)
+        for source in (config.calibration_source(), *config.eval_sources()):
+            check_source(source)
+        path, self.headers = self._read_headers()
+        transformers_config = load_config(path, config)
+        self.text_config = transformers_config.get_text_config()
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(transformers_config, trust_remote_code=config.trust_remote_code)
+        dtype = self.headers.dtype if config.dtype == "auto" else config.dtype
+        self.itemsize = getattr(torch, dtype).itemsize
+        stack = find_stack(model)
+        self.sites = [site for sites in stack.sites for site in select(sites, config.skip)]
+        check_pattern(self.sites, Pattern.parse(config.pattern))
+        self.need = method.needs
+        self.seq_len = config.seq_len or default_seq_len(self.text_config)
+        self.weights = sum(parameter.numel() for parameter in model.parameters()) * self.itemsize
+        self.block_weights = max(sum(p.numel() for p in block.parameters()) for block in stack.blocks) * self.itemsize
+        self.evaluation_tokens = sum(
+            min(_evaluation_tokens(source, self.seq_len), config.max_eval_tokens or 2**62) for source in config.eval_sources()
+        )
+        return self._assemble(model, stack, dtype)
+
+    def _assemble(self, model: PreTrainedModel, stack: Stack, dtype: str) -> Plan:
+        config, on_gpu = self.config, self.device.type != "cpu"
+        free_cpu, free_gpu = free_bytes(torch.device("cpu")), free_bytes(self.device) if on_gpu else 0
+        batch_size = config.batch_size or self._batch_size(config.num_samples)
+        stages = self._stages(batch_size, on_gpu)
+        peak_cpu = max(stage.peak_cpu_bytes for stage in stages)
+        peak_gpu = max(stage.peak_gpu_bytes for stage in stages)
+        hidden = config.num_samples * self.seq_len * self.text_config.hidden_size * self.itemsize
+        dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
+        disk = 2 * self.weights + 2 * hidden + dense_hidden
+        where = self.out.resolve()
+        while not where.exists():
+            where = where.parent
+        free_disk = shutil.disk_usage(where).free
+        one_pass = config.sequential == "group" and batch_size >= config.num_samples
+        description = describe_model(config, model, stack, None).model_copy(
+            update={"name": config.model, "revision": config.revision or "", "dtype": dtype, "weights_bytes": self.weights}
+        )
+        # What this process already holds is part of the peak, not of what is still free.
+        free_cpu += psutil.Process().memory_info().rss
+        return Plan(
+            config=config,
+            model=description,
+            num_sites=len(self.sites),
+            num_pruned_weights=sum(site.numel for site in self.sites),
+            walk="two-pass" if config.sequential == "block" else "one-pass" if one_pass else "staged",
+            batch_size=batch_size,
+            seq_len=self.seq_len,
+            calibration_tokens=config.num_samples * self.seq_len,
+            evaluation_tokens=self.evaluation_tokens,
+            device=device_name(self.device),
+            stages=tuple(stages),
+            peak_cpu_bytes=peak_cpu,
+            peak_gpu_bytes=peak_gpu,
+            free_cpu_bytes=free_cpu,
+            free_gpu_bytes=free_gpu,
+            disk_bytes=disk,
+            free_disk_bytes=free_disk,
+            download_bytes=self.headers.download_bytes,
+            seconds=sum(stage.seconds for stage in stages),
+            problems=tuple(self._problems(peak_cpu, free_cpu, peak_gpu, free_gpu, disk, free_disk)),
+        )
+
+    def _stages(self, batch_size: int, on_gpu: bool) -> list[StagePlan]:
+        """Peaks and seconds of each stage; with an accelerator that holds the model, its share is on the accelerator."""
+        config, vocab = self.config, self.text_config.vocab_size
+        base = psutil.Process().memory_info().rss
+        resident = on_gpu and self.weights * 1.3 <= free_bytes(self.device)
+        window_tokens = windows_per_batch(self.seq_len, vocab) * self.seq_len
+        dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
+        tokens = config.num_samples * self.seq_len
+        hidden = tokens * self.text_config.hidden_size * self.itemsize
+        forward = 2.0 * sum(site.numel for site in self.sites)
+        scoring = memory.logits_bytes(num_tokens=window_tokens, vocab_size=vocab, with_teacher=False)
+        comparing = memory.logits_bytes(num_tokens=window_tokens, vocab_size=vocab, with_teacher=True)
+        activations = self._activations(window_tokens)
+        pruning = (
+            hidden * (2 if batch_size >= config.num_samples else 1)
+            + self._activations(batch_size * self.seq_len)
+            + memory.solve_bytes(self.sites, self.need)
+        )
+        passes = {"two-pass": 2.0, "one-pass": 1.0}.get(self._walk(batch_size), 2.6)
+        gram = 0.0
+        if self.need == Need.GRAM:
+            gram = 2.0 * tokens * sum(site.shape[1] ** 2 for site in self._leaders())
+        head = 2.0 * vocab * self.text_config.hidden_size
+        rate = _flops_per_second(self.device) * _EFFICIENCY
+        needs = [
+            ("load", 0.0, 0, 0),
+            ("dense", (forward + head) * self.evaluation_tokens, scoring + activations, dense_hidden),
+            ("prune", (forward * passes) * tokens + gram, pruning, 0),
+            ("pruned", (forward + 2 * head) * self.evaluation_tokens, comparing + activations, dense_hidden),
+            ("save", 0.0, 0, 0),
+        ]
+        stages = []
+        for name, flops, working, kept in needs:
+            weights = 0 if resident else self.weights
+            on_device = (self.weights if resident else self.block_weights if name == "prune" else self.weights) + working
+            cpu = base + weights + kept + (0 if on_gpu else working)
+            seconds = flops / rate + (self.weights / 1e9 if name in ("load", "save") else 0.0)
+            stages.append(
+                StagePlan(name=name, seconds=seconds, peak_cpu_bytes=int(cpu), peak_gpu_bytes=int(on_device) if on_gpu else 0)
+            )
+        return stages
+
+    def _problems(
+        self, peak_cpu: int, free_cpu: int, peak_gpu: int, free_gpu: int, disk: int, free_disk: int
+    ) -> list[str]:
+        problems = []
+        if self.device.type != "cpu" and peak_gpu > free_gpu:
+            problems.append(
+                f"{self.config.model} needs {_gb(peak_gpu)} on {device_name(self.device)}, {_gb(free_gpu)} are free. "
+                f"{self._remedy()} or use --device cpu."
+            )
+        if peak_cpu > free_cpu:
+            problems.append(f"{self.config.model} needs {_gb(peak_cpu)} of CPU memory, {_gb(free_cpu)} are free. {self._remedy()}.")
+        if disk > free_disk:
+            problems.append(
+                f"the checkpoint and the work directory need {_gb(disk)}, {_gb(free_disk)} are free. Use another --out."
+            )
+        return problems
+
+    def _remedy(self) -> str:
+        """The flag that lowers the largest part that a flag can lower."""
+        tokens = self.config.num_samples * self.seq_len
+        hidden = 2 * tokens * self.text_config.hidden_size * self.itemsize
+        if self.weights > hidden:
+            return "The weights alone are most of it: use --dtype bfloat16, a larger machine"
+        return f"Use --num-samples {max(1, self.config.num_samples // 4)} or --seq-len {max(128, self.seq_len // 4)}"
+
+    def _batch_size(self, num_samples: int) -> int:
+        return memory.choose_batch_size(
+            self.sites, num_samples=num_samples, seq_len=self.seq_len, hidden_size=self.text_config.hidden_size,
+            itemsize=self.itemsize, need=self.need, one_pass=self.config.sequential == "group",
+            free_bytes=free_bytes(self.device) - (self.weights if self.device.type == "cpu" else 0),
+        )  # fmt: skip
+
+    def _walk(self, batch_size: int) -> str:
+        if self.config.sequential == "block":
+            return "two-pass"
+        return "one-pass" if batch_size >= self.config.num_samples else "staged"
+
+    def _activations(self, num_tokens: int) -> int:
+        return memory.block_activation_bytes(
+            self.sites, num_tokens=num_tokens, hidden_size=self.text_config.hidden_size, itemsize=self.itemsize, need=self.need
+        )
+
+    def _leaders(self) -> list[Site]:
+        """One site for each group that shares an input, as far as names tell: equal module and equal inputs."""
+        seen: dict[tuple[str, int], Site] = {}
+        for site in self.sites:
+            seen.setdefault((site.name.rsplit(".", 1)[0], site.shape[1]), site)
+        return list(seen.values())
+
+    def _read_headers(self) -> tuple[Path, _Headers]:
+        """config.json's directory, and the headers: of local files, or of the hub's by range requests."""
+        path = local_directory(self.config.model)
+        if path is not None:
+            check_files(path, self.config)
+            counts: dict[str, int] = {}
+            for file in path.glob("*.safetensors"):
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118  (a safe_open handle is no dict)
+                        part = opened.get_slice(key)
+                        numel = 1
+                        for size in part.get_shape():
+                            numel *= size
+                        counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + numel
+            return path, _Headers(0, _main_dtype(counts), 0)
+        with hub_errors(self.config):
+            found = get_safetensors_metadata(self.config.model, revision=self.config.revision)
+            config_file = hf_hub_download(self.config.model, "config.json", revision=self.config.revision)
+        counts = dict(found.parameter_count)
+        size = sum(end for file in found.files_metadata.values() for _, end in [max(t.data_offsets for t in file.tensors.values())])
+        return Path(config_file).parent, _Headers(size, _main_dtype(counts), size)
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _main_dtype(counts: dict[str, int]) -> str:
+    floats = {name: count for name, count in counts.items() if name in _DTYPES}
+    return _DTYPES[max(floats, key=lambda name: floats[name])] if floats else "float32"
+
+
+def _evaluation_tokens(source: str, seq_len: int) -> int:
+    """About how many tokens a text has: exact protocols where the field fixes them, else four bytes a token."""
+    known = {"wikitext2": 300_000, "ptb": 100_000, "c4": 256 * seq_len}
+    if source in known:
+        return known[source]
+    if source == "stdlib":
+        return sum(map(len, stdlib_documents("held-out"))) // 4
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.stat().st_size // 4
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) // 4 if path.is_dir() else 300_000
+
+
+def _flops_per_second(device: torch.device, size: int = 1024, seconds: float = 0.2) -> float:
+    """The rate of a plain matrix product on the device."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    (a @ a).sum().item()
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        (a @ a)[0, 0].item()
+        count += 1
+    return count * 2 * size**3 / (time.perf_counter() - begun)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
