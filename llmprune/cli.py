@@ -116,7 +116,9 @@ def prune(
     elif events != "-":
         console = Console()
         print_report(last.report, console)
-        console.print(f"Checkpoint   {out.resolve()}", f"Report page  {(out / 'report.html').resolve()}", sep="\n", soft_wrap=True)
+        console.print(
+            f"Checkpoint   {out.resolve()}", f"Report page  {(out / 'report.html').resolve()}", sep="\n", soft_wrap=True
+        )
     if last.report.verdict.status == "broken":
         _errors.print(last.report.verdict.text, style="bold red", markup=False)
 

@@ -21,16 +21,16 @@ from llmprune._version import __version__
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.anatomy.sites import check_pattern, select
 from llmprune.devices import PeakMemory, device_name, environment, free_bytes, module_device, pick_device
-from llmprune.engines.layerwise import Walk
+from llmprune.engines.layerwise import Walk, fallback_messages
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, UnsupportedModel
-from llmprune.measure.dispatch import dispatched
-from llmprune.measure.latency import DENSE_NOTE, measure_speed
-from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, StageFinished, StageStarted, Warned
 from llmprune.io import checkpoint
 from llmprune.io.journal import Journal
 from llmprune.io.models import Source, load_model, load_tokenizer, local_directory, resolve
 from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
+from llmprune.measure.dispatch import dispatched
+from llmprune.measure.latency import DENSE_NOTE, measure_speed
+from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
 from llmprune.methods import get_method
 from llmprune.report import BlockReport, Latency, ModelReport, Quality, Report, Speed, StageReport
 from llmprune.spec import Pattern, PruneConfig, default_seq_len
@@ -210,7 +210,11 @@ class Job:
             report, weights = self.journal.read_block(index)
             self.stack.blocks[index].load_state_dict(weights, strict=False)
             self.blocks.append(report)
-        if start:
+            self.warnings += fallback_messages(report.sites)
+        if start and recording.stateful:
+            with eager_experts(self.model):
+                walk.replay(start)
+        elif start:
             assert self.journal
             walk.hidden = [tensor.to(recording.hidden[0].device) for tensor in self.journal.read_hidden(start - 1)]
         with eager_experts(self.model):
@@ -279,9 +283,7 @@ class Job:
                 offset += len(text.ids_NS)
                 if keep is not None:
                     kept |= {f"{number:03d}.{batch:06d}": tensor for batch, tensor in enumerate(keep)}
-                    measured = Quality(
-                        text=text.report, perplexity_dense=scores.perplexity, seconds_dense=scores.seconds
-                    )
+                    measured = Quality(text=text.report, perplexity_dense=scores.perplexity, seconds_dense=scores.seconds)
                 else:
                     measured = against(self.dense[number], scores)
                 qualities.append(measured)

@@ -57,9 +57,7 @@ def choose_batch_size(
     """Calibration sequences per forward: all of them where one pass is wanted and fits in half of what is free, else as
     many as keep the block's activations small beside the hidden states.
     """
-    activations = block_activation_bytes(
-        sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need
-    )
+    activations = block_activation_bytes(sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need)
     hidden = 2 * num_samples * seq_len * hidden_size * itemsize
     budget = free_bytes // 2 - hidden - solve_bytes(sites, need)
     if one_pass and num_samples * activations <= budget:

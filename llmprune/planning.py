@@ -25,11 +25,11 @@ from llmprune.anatomy.blocks import Stack, find_stack
 from llmprune.anatomy.sites import Site, check_pattern, select
 from llmprune.devices import device_name, free_bytes, pick_device
 from llmprune.errors import DoesNotFit
-from llmprune.measure.quality import windows_per_batch
 from llmprune.io.models import check_files, hub_errors, load_config, local_directory
 from llmprune.io.stdlib_text import stdlib_documents
 from llmprune.io.text import check_source
 from llmprune.job import describe_model
+from llmprune.measure.quality import windows_per_batch
 from llmprune.methods import get_method
 from llmprune.report import Plan, StagePlan
 from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
@@ -38,7 +38,9 @@ _EFFICIENCY = 0.5
 """Share of a plain matrix product's rate that a whole forward reaches, as measured on small and medium models."""
 
 
-def plan(model: str | Path | None = None, config: PruneConfig | None = None, *, out: str | Path = ".", **overrides: Any) -> Plan:
+def plan(
+    model: str | Path | None = None, config: PruneConfig | None = None, *, out: str | Path = ".", **overrides: Any
+) -> Plan:
     """The plan of a job; ``problems`` says what does not fit and which flag would make it fit.
 
     Raises:
@@ -179,9 +181,7 @@ class _Planner:
             )
         return stages
 
-    def _problems(
-        self, peak_cpu: int, free_cpu: int, peak_gpu: int, free_gpu: int, disk: int, free_disk: int
-    ) -> list[str]:
+    def _problems(self, peak_cpu: int, free_cpu: int, peak_gpu: int, free_gpu: int, disk: int, free_disk: int) -> list[str]:
         problems = []
         if self.device.type != "cpu" and peak_gpu > free_gpu:
             problems.append(
@@ -189,7 +189,9 @@ class _Planner:
                 f"{self._remedy()} or use --device cpu."
             )
         if peak_cpu > free_cpu:
-            problems.append(f"{self.config.model} needs {_gb(peak_cpu)} of CPU memory, {_gb(free_cpu)} are free. {self._remedy()}.")
+            problems.append(
+                f"{self.config.model} needs {_gb(peak_cpu)} of CPU memory, {_gb(free_cpu)} are free. {self._remedy()}."
+            )
         if disk > free_disk:
             problems.append(
                 f"the checkpoint and the work directory need {_gb(disk)}, {_gb(free_disk)} are free. Use another --out."
@@ -247,7 +249,9 @@ class _Planner:
             found = get_safetensors_metadata(self.config.model, revision=self.config.revision)
             config_file = hf_hub_download(self.config.model, "config.json", revision=self.config.revision)
         counts = dict(found.parameter_count)
-        size = sum(end for file in found.files_metadata.values() for _, end in [max(t.data_offsets for t in file.tensors.values())])
+        size = sum(
+            end for file in found.files_metadata.values() for _, end in [max(t.data_offsets for t in file.tensors.values())]
+        )
         return Path(config_file).parent, _Headers(size, _main_dtype(counts), size)
 
 

@@ -125,8 +125,9 @@ class PruneConfig(BaseModel):
     )
     skip: Names = Field((), description="Globs of site names to leave dense, e.g. '*.down_proj'.")
     calibration: str | None = Field(
-        None, description="Calibration text: c4, wikitext2, ptb, stdlib, synthetic, hf:NAME[:CONFIG][:SPLIT][:COLUMN] or a "
-        "path. Default: stdlib for the bundled model, else c4."
+        None,
+        description="Calibration text: c4, wikitext2, ptb, stdlib, synthetic, hf:NAME[:CONFIG][:SPLIT][:COLUMN] or a "
+        "path. Default: stdlib for the bundled model, else c4.",
     )
     num_samples: Annotated[int, Field(ge=1)] = Field(128, description="Calibration sequences.")
     seq_len: Annotated[int, Field(ge=2)] | None = Field(

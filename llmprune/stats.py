@@ -29,9 +29,7 @@ class LinearStats:
         self.num_tokens = 0
         self.need = need
         self.sq_I = torch.zeros(in_features, dtype=torch.float32, device=device)
-        self.gram_II = (
-            torch.zeros(in_features, in_features, dtype=torch.float32, device=device) if need >= Need.GRAM else None
-        )
+        self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device) if need >= Need.GRAM else None
         self._factor: tuple[float, Tensor, float] | None = None
 
     def update(self, x_TI: Tensor) -> None:

@@ -37,7 +37,7 @@ from llmprune.io.stdlib_text import stdlib_documents  # noqa: E402  (llmprune ne
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 VOCAB_SIZE = 2048
-MAX_POSITIONS = 1024
+MAX_POSITIONS = 512
 NGRAM_ORDER = 5
 WARMUP_SHARE = 0.04
 FINAL_LR_SHARE = 0.01
@@ -417,7 +417,9 @@ def model_card(metrics: dict[str, Any], config: LlamaConfig, args: argparse.Name
     optimizer = {"muon": "Muon (layers' matrices) and AdamW (embeddings, norms)", "adamw": "AdamW"}[args.optimizer]
     python = ".".join(platform.python_version_tuple()[:2])
     return f"""---
-license: psf-2.0
+license: other
+license_name: psf-2.0
+license_link: https://docs.python.org/3/license.html
 language: code
 library_name: transformers
 pipeline_tag: text-generation
@@ -484,8 +486,8 @@ over to large models, whose weights and activations are distributed differently.
 
 ## Licence
 
-The training text is part of CPython, under the PSF License Agreement, version 2 (PSF-2.0); the weights are offered
-under the same licence.
+The training text is part of CPython, Copyright (c) 2001 onwards Python Software Foundation, All Rights Reserved, under
+the PSF License Agreement, version 2 (PSF-2.0); the weights are offered under the same licence.
 """
 
 

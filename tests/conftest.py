@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES, _fill_weights_
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from families import FAMILIES, _fill_weights_
 
 WORDS = ("the", "model", "of", "a", "small", "sparse", "network", "prunes", "its", "weight", "and", "then", "keeps", "what")
 VOCAB_SIZE = 128

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache, PreTrainedModel
 
 from llmprune.anatomy.sites import Site, find_sites, never_pruned
@@ -71,6 +71,15 @@ class Recording:
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
 
+    @property
+    def stateful(self) -> bool:
+        """Whether blocks are handed a mutable object that earlier blocks fill, such as shared keys and values: then a
+        block can be replayed only after all blocks before it.
+        """
+        plain = (Tensor, str, int, float, torch.dtype, type(None))
+        leaves = (leaf for calls in self.calls[:1] for call in calls for leaf in tree_leaves((call.args, call.kwargs)))
+        return any(not isinstance(leaf, plain) for leaf in leaves)
+
 
 def find_stack(model: nn.Module) -> Stack:
     """The ModuleList that holds most of the 2-D and 3-D weights; works on ``meta`` weights.
@@ -92,11 +101,15 @@ def find_stack(model: nn.Module) -> Stack:
             f"{type(model).__name__} has no decoder stack: looked for the torch.nn.ModuleList that holds most of the "
             f"{total:,} matrix weights and found {len(weights)} lists with none in them."
         )
-    blocks = tuple(model.get_submodule(path))  # type: ignore[arg-type]
+    stacked = model.get_submodule(path)
+    assert isinstance(stacked, nn.ModuleList)
+    blocks = tuple(stacked)
     seen: set[tuple[int, int | None]] = set()  # blocks may share a parameter; it is a site of the first one
     sites = []
     for index, block in enumerate(blocks):
-        found = [(site, (id(getattr(site.module, site.parameter)), site.expert)) for site in find_sites(block, f"{path}.{index}")]
+        found = [
+            (site, (id(getattr(site.module, site.parameter)), site.expert)) for site in find_sites(block, f"{path}.{index}")
+        ]
         sites.append(tuple(site for site, key in found if key not in seen))
         seen.update(key for _, key in found)
     return Stack(path, blocks, sites=tuple(sites))
@@ -172,8 +185,14 @@ def _check_independence(model: PreTrainedModel, stack: Stack, input_ids_NS: Tens
     scaled: list[Call] = []
     rests = {id(value) for rest in stack.rests for value in _tensors(rest or ())}
     for calls, factor in ((plain, 1.0), (scaled, 2.0)):
-        with stubbed(stack, calls, factor=factor):
-            model(input_ids=input_ids_NS, use_cache=False)
+        try:
+            with stubbed(stack, calls, factor=factor):
+                model(input_ids=input_ids_NS, use_cache=False)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UnsupportedModel(
+                f"{type(model).__name__} does not run with the blocks of {stack.path} replaced by identities ({error}); "
+                "llmprune replays stacks in which the hidden state is all that one block hands to the next."
+            ) from error
     for index, (one, two) in enumerate(zip(plain, scaled, strict=True)):
         ours, theirs = _tensors((one.args, one.kwargs)), _tensors((two.args, two.kwargs))
         passed_on = any(id(value) in rests for value in ours)

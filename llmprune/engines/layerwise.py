@@ -91,10 +91,21 @@ class Walk:
             reports.sort(key=lambda report: order[report.name])
             for report in reports:
                 yield SitePruned(block=index, site=report)
-            yield from _warnings(reports)
+            for message in fallback_messages(reports):
+                yield Warned(message=message)
             seconds = time.perf_counter() - begun
             summary = BlockReport(index=index, name=name, seconds=seconds, sites=tuple(reports))
             yield BlockFinished(block=index, num_blocks=num_blocks, report=summary)
+
+    @torch.no_grad()
+    def replay(self, num_blocks: int) -> None:
+        """Carry the hidden states through the first blocks as they are: for blocks pruned in an earlier process."""
+        for index in range(num_blocks):
+            block = self.stack.blocks[index]
+            home = module_device(block)
+            with placed(block, self.device if home.type == "cpu" else home):
+                for batch in range(len(self.hidden)):
+                    self._forward(index, block, batch, keep=True)
 
     def _prune_block(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
         repeated = self.stack.repeated.intersection(site.name for site in sites)
@@ -127,13 +138,16 @@ class Walk:
                 shared.put(x_TI, stats)
             reports.append(self._prune(pending.pop(site.name), stats))
 
+        inputs = self.hidden[0]
         with Watcher(sites, on_input):
             self._forward(index, block, 0, keep=True)
-        return reports + [self._prune(site, None) for site in pending.values()]
+        reports += [self._prune(site, None) for site in pending.values()]
+        if any(site.expert is None for site in pending.values()):  # used in a way that was not seen: outputs are stale
+            self.hidden[0] = inputs
+            self._forward(index, block, 0, keep=True)
+        return reports
 
-    def _collect(
-        self, index: int, block: nn.Module, pending: dict[str, Site], *, whole: bool
-    ) -> dict[str, LinearStats]:
+    def _collect(self, index: int, block: nn.Module, pending: dict[str, Site], *, whole: bool) -> dict[str, LinearStats]:
         """Statistics of all pending sites (``whole``), or of the first group of them that shares an input.
 
         Experts of one parameter form one group: none of their inputs depends on another's output.
@@ -199,7 +213,7 @@ class Walk:
             pruned_OI = method.prune(dense_OI, stats, self.target, damping=self.config.damping, generator=generator)
         except FactorizationError as error:
             raise FactorizationError(f"{site.name}: {error} Raise --damping, or use --dtype float32.") from None
-        error = _output_error(dense_OI, pruned_OI, stats)
+        output_error = _output_error(dense_OI, pruned_OI, stats)
         num_zeros = write_(site, pruned_OI)
         fallback = None
         if method is not self.method and self.method.needs > Need.NOTHING:
@@ -208,7 +222,7 @@ class Walk:
             fallback = f"damping raised to {used:g}"
         return SiteReport(
             name=site.name, shape=site.shape, numel=site.numel, num_zeros=num_zeros, num_tokens=num_tokens,
-            output_error=error, fallback=fallback,
+            output_error=output_error, fallback=fallback,
         )  # fmt: skip
 
 
@@ -223,9 +237,10 @@ def _output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStats) -> fl
     return float(lost / whole) if whole > 0 else 0.0
 
 
-def _warnings(reports: Sequence[SiteReport]) -> Iterator[Warned]:
+def fallback_messages(reports: Sequence[SiteReport]) -> list[str]:
+    """One line for each site that fell back, the first eight by name."""
     fallen = [report for report in reports if report.fallback]
-    for report in fallen[:8]:
-        yield Warned(message=f"{report.name}: {report.fallback}.")
+    messages = [f"{report.name}: {report.fallback}." for report in fallen[:8]]
     if len(fallen) > 8:
-        yield Warned(message=f"{len(fallen) - 8} more sites of this block fell back; the report names them.")
+        messages.append(f"{len(fallen) - 8} more sites of this block fell back; the report names them.")
+    return messages

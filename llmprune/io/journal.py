@@ -145,7 +145,8 @@ class Journal:
 
     def tensors(self, name: str, file: str) -> dict[str, Tensor]:
         """The tensors of one file of a record, memory-mapped."""
-        return load_file(self.directory / name / file)
+        tensors: dict[str, Tensor] = load_file(self.directory / name / file)
+        return tensors
 
     def has(self, name: str) -> bool:
         """Whether a record of that name is there."""
@@ -173,7 +174,9 @@ class Journal:
         if not self.directory.exists() or self.exists:
             return
         if not self.directory.is_dir() or any(file.name not in (_LOCK, f".{_RUN}.tmp") for file in self.directory.iterdir()):
-            raise OutputError(f"{self.directory}, the work directory of this --out, holds something else; choose another --out.")
+            raise OutputError(
+                f"{self.directory}, the work directory of this --out, holds something else; choose another --out."
+            )
 
     def _read_json(self, file: Path) -> dict[str, Any]:
         try:

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # of whichever HTTP client the hub library uses
+    HTTPError,  # type: ignore[attr-defined]  # of whichever HTTP client the hub library uses
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     OfflineModeIsEnabled,
@@ -86,7 +86,7 @@ def local_directory(name: str) -> Path | None:
     if name == BUNDLED_MODEL:
         return BUNDLED_PATH
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path.resolve()
     if path.exists() or not _HUB_ID.fullmatch(name) or name.startswith((".", "/", "~")):
         raise ModelNotFound(f"{name!r} is neither a directory nor a hub ID such as HuggingFaceTB/SmolLM2-135M.")
@@ -113,7 +113,9 @@ def check_files(path: Path, config: PruneConfig) -> None:
     if index.is_file():
         missing = sorted(set(_read_json(index, config).get("weight_map", {}).values()) - {file.name for file in files})
         if missing:
-            raise CorruptCheckpoint(f"{config.model!r} lacks {len(missing)} weight shards, e.g. {missing[0]}. Download it again.")
+            raise CorruptCheckpoint(
+                f"{config.model!r} lacks {len(missing)} weight shards, e.g. {missing[0]}. Download it again."
+            )
 
 
 def refuse_pickles(name: str, files: list[str]) -> None:
@@ -138,9 +140,10 @@ def load_config(path: Path, config: PruneConfig) -> Any:
     remote = "AutoModelForCausalLM" in raw.get("auto_map", {})
     if model_type not in CONFIG_MAPPING and not config.trust_remote_code:
         if "auto_map" in raw:
-            raise UnsafeModel(
-                f"{config.model!r} ships its own modelling code. {_READ_IT}")
-        raise UnsupportedModel(f"transformers does not know model_type {model_type!r} of {config.model!r}. Update transformers.")
+            raise UnsafeModel(f"{config.model!r} ships its own modelling code. {_READ_IT}")
+        raise UnsupportedModel(
+            f"transformers does not know model_type {model_type!r} of {config.model!r}. Update transformers."
+        )
     architectures = raw.get("architectures") or []
     known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
     causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (not architectures or known.intersection(architectures))
@@ -151,7 +154,9 @@ def load_config(path: Path, config: PruneConfig) -> Any:
         )
     if quantization := raw.get("quantization_config"):
         how = quantization.get("quant_method", "quantization_config in its config.json")
-        raise UnsupportedModel(f"{config.model!r} is quantized ({how}); llmprune prunes 16- and 32-bit weights. Give the original.")
+        raise UnsupportedModel(
+            f"{config.model!r} is quantized ({how}); llmprune prunes 16- and 32-bit weights. Give the original."
+        )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except ImportError as error:
@@ -223,7 +228,9 @@ def hub_errors(config: PruneConfig) -> Iterator[None]:
         raise UnsafeModel(f"{name!r} has no safetensors weights; pickles are refused. Convert them first.") from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, HTTPError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no space left to download {name!r} to {constants.HF_HUB_CACHE}; free some or set HF_HOME.") from None
+            raise DiskFull(
+                f"no space left to download {name!r} to {constants.HF_HUB_CACHE}; free some or set HF_HOME."
+            ) from None
         raise HubUnreachable(
             f"{name!r} is not a local directory and the hub cannot be reached ({_one_line(error)}). "
             "Check the network and HF_HUB_OFFLINE, or give a directory."
@@ -265,7 +272,9 @@ def _read_json(file: Path, config: PruneConfig) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CorruptCheckpoint(f"{file.name} of {config.model!r} is not JSON ({_one_line(error)}). Download it again.") from None
+        raise CorruptCheckpoint(
+            f"{file.name} of {config.model!r} is not JSON ({_one_line(error)}). Download it again."
+        ) from None
     if not isinstance(content, dict):
         raise CorruptCheckpoint(f"{file.name} of {config.model!r} is not a JSON object. Download it again.")
     return content

@@ -21,9 +21,7 @@ DENSE_NOTE = (
 
 
 @torch.no_grad()
-def measure_speed(
-    model: PreTrainedModel, ids_NS: Tensor, *, num_decode: int = 32, repeats: int = 7
-) -> tuple[Speed, ...]:
+def measure_speed(model: PreTrainedModel, ids_NS: Tensor, *, num_decode: int = 32, repeats: int = 7) -> tuple[Speed, ...]:
     """Median and quartiles of ``repeats`` timed runs after one warm-up, at the batch size of ``ids_NS``.
 
     Prefill reads all tokens of ``ids_NS`` [N, S]; decode then generates ``num_decode`` tokens greedily, one at a time,

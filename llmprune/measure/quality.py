@@ -151,7 +151,7 @@ def head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def _head(model: PreTrainedModel) -> nn.Module:
-    head = model.get_output_embeddings()
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModel(f"{type(model).__name__} has no output embeddings; looked for get_output_embeddings().")
     return head

@@ -93,5 +93,7 @@ def test_importing_every_module_touches_no_gpu_and_no_network() -> None:
     """All of the library imports on a machine without accelerator, in a fresh process."""
     names = [".".join(("llmprune", *path.relative_to(LIBRARY).with_suffix("").parts)) for path in _modules()]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
-    code = f"import importlib, torch\nfor name in {names!r}: importlib.import_module(name)\nassert not torch.cuda.is_initialized()"
+    code = (
+        f"import importlib, torch\nfor name in {names!r}: importlib.import_module(name)\nassert not torch.cuda.is_initialized()"
+    )
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.engines.layerwise import Walk
 from llmprune.errors import UnsupportedModel
-from llmprune.events import SitePruned
+from llmprune.events import BlockFinished, SitePruned
 from llmprune.io.checkpoint import save_weights
 from llmprune.spec import PruneConfig, num_pruned
 
@@ -107,3 +107,30 @@ def _check_reach(stack: Stack) -> None:
                 if id(parameter) not in sites:
                     missed[name] = parameter.numel()
     assert sum(missed.values()) <= 0.01 * total, missed
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_blocks_that_share_state_are_replayed_from_the_start(family: str) -> None:
+    """A walk that goes on after some blocks gives the same weights as one that was never interrupted."""
+    whole, parts = tiny_model(family), tiny_model(family)
+    config = PruneConfig(method="wanda")
+    with eager_experts(whole):
+        for _ in _walk_of(whole, config).run():
+            pass
+    with eager_experts(parts):
+        first = _walk_of(parts, config)
+        assert first.recording.stateful
+        for event in first.run():
+            if isinstance(event, BlockFinished) and event.block == 1:
+                break
+        second = _walk_of(parts, config)
+        second.replay(2)
+        for _ in second.run(2):
+            pass
+    for (name, one), two in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def _walk_of(model: PreTrainedModel, config: PruneConfig) -> Walk:
+    stack = _probed(model)
+    return Walk(stack, record(model, stack, [_ids(model)]), config, torch.device("cpu"))

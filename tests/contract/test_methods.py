@@ -272,9 +272,7 @@ def test_supports_are_nested(method: Method, target: Target) -> None:
     """Without updates, what survives a higher sparsity survives a lower one."""
     weight_OI, stats = _weight(), _stats(method)
     lower_OI = _prune(method, weight_OI.clone(), stats, target) != 0
-    higher_OI = (
-        _prune(method, weight_OI.clone(), stats, Target(target.pattern, target.sparsity + 0.1, target.scope)) != 0
-    )
+    higher_OI = _prune(method, weight_OI.clone(), stats, Target(target.pattern, target.sparsity + 0.1, target.scope)) != 0
     assert higher_OI.sum() < lower_OI.sum()
     assert not (higher_OI & ~lower_OI).any()
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
+import tiny
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import (
     BlockFinished,

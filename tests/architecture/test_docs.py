@@ -1,0 +1,54 @@
+"""The docs are complete: every field, option, method, command, text and error is in the guide."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from llmprune import errors
+from llmprune.cli import app
+from llmprune.io.text import NAMES
+from llmprune.methods import METHODS
+from llmprune.spec import PruneConfig
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+README = (ROOT / "README.md").read_text()
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+ERRORS = [name for name, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, errors.LlmpruneError)]
+
+
+@pytest.mark.parametrize("field", PruneConfig.model_fields)
+def test_every_field_is_in_the_guide(field: str) -> None:
+    """With its option, where it has one."""
+    assert f"`{field}`" in GUIDE
+    assert field == "model" or f"--{field.replace('_', '-')}" in GUIDE
+
+
+@pytest.mark.parametrize("field", PruneConfig.model_fields)
+def test_every_field_describes_itself(field: str) -> None:
+    """Its description is the help of the command line and of the service."""
+    assert PruneConfig.model_fields[field].description
+
+
+@pytest.mark.parametrize("name", [*METHODS, *NAMES, *ERRORS])
+def test_every_name_is_in_the_guide(name: str) -> None:
+    """Methods, texts and errors."""
+    assert f"`{name}`" in GUIDE or f"`llmprune.{name}`" in GUIDE
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_readme(command: str) -> None:
+    """And its function has a docstring, which is its help."""
+    assert f"llmprune {command}" in README
+    callback = next(c.callback for c in app.registered_commands if c.callback and c.callback.__name__ == command)
+    assert callback.__doc__
+
+
+def test_every_error_is_drawn_in_the_tree() -> None:
+    """The docstring of errors.py is the whole tree."""
+    assert len(ERRORS) > 15
+    for name in ERRORS:
+        assert name in (errors.__doc__ or "")
