@@ -255,7 +255,7 @@ class _LineView:
         self._shown[stage] = resumed_at / total if total else 0.0
         self._print(stage, f"resumed at {resumed_at}/{total}" if resumed_at else "started")
 
-    def advance(self, stage: Stage, done: int, total: int, detail: str) -> None:
+    def advance(self, stage: Stage, done: int, total: int, detail: str) -> None:  # noqa: ARG002
         """Print where a tenth was passed since the last line; the end of the stage has a line of its own."""
         fraction = done / total if total else 0.0
         if fraction < 1 and fraction - self._shown.get(stage, 0.0) >= PLAIN_STEP - 1e-9:

@@ -13,20 +13,18 @@ from transformers import PreTrainedModel
 
 from llmprune.devices import device_name, environment, module_device, pick_device
 from llmprune.errors import ConfigError
-from llmprune.measure.dispatch import dispatched
-from llmprune.measure.latency import DENSE_NOTE, measure_speed
-from llmprune.measure.quality import as_events, score_text
-from llmprune.measure.quality import against as against_dense
 from llmprune.events import Evaluated, Event, StageFinished, StageStarted
 from llmprune.io.models import load_model, load_tokenizer, resolve
 from llmprune.io.text import TokenSet, check_source, load_evaluation
+from llmprune.measure.dispatch import dispatched
+from llmprune.measure.latency import DENSE_NOTE, measure_speed
+from llmprune.measure.quality import against as against_dense
+from llmprune.measure.quality import as_events, score_text
 from llmprune.report import Evaluation, Latency, Quality
 from llmprune.spec import PruneConfig, default_seq_len
 
 
-def evaluate(
-    model: str | Path | None = None, *, against: str | Path | None = None, **overrides: Any
-) -> Evaluation:
+def evaluate(model: str | Path | None = None, *, against: str | Path | None = None, **overrides: Any) -> Evaluation:
     """Perplexity of a model on every text of ``eval``; with ``against`` also the divergence from that dense model.
 
     Args:
@@ -41,9 +39,7 @@ def evaluate(
     raise AssertionError("an evaluation ends with Evaluated")
 
 
-def evaluate_iter(
-    model: str | Path | None = None, *, against: str | Path | None = None, **overrides: Any
-) -> Iterator[Event]:
+def evaluate_iter(model: str | Path | None = None, *, against: str | Path | None = None, **overrides: Any) -> Iterator[Event]:
     """:func:`evaluate` as a generator of events; the last one is Evaluated."""
     if model is not None:
         overrides["model"] = str(model)
@@ -61,7 +57,8 @@ def evaluate_iter(
         dense = _Loaded.load(config.model_copy(update={"model": str(against), "revision": None}))
         if dense.vocab_size != pruned.vocab_size:
             raise ConfigError(
-                f"{config.model} has {pruned.vocab_size} tokens and {against} {dense.vocab_size}: --against needs the same vocabulary."
+                f"{config.model} has {pruned.vocab_size} tokens and {against} {dense.vocab_size}: "
+                "--against needs the same vocabulary."
             )
     yield StageFinished(stage="load", seconds=0)
     seq_len = config.seq_len or default_seq_len(pruned.model.config.get_text_config())
@@ -130,4 +127,3 @@ class _Loaded:
         """The model's logits [N, S, V]: the reference of a divergence."""
         logits: Tensor = self.model(input_ids=ids_NS.to(module_device(self.model)), use_cache=False).logits
         return logits
-

@@ -34,7 +34,7 @@ def inspect(model: str | Path | None = None, **overrides: Any) -> Inspection:
     groups = input_groups(loaded, stack, ids_1S)
     reached = {(id(site.module), site.parameter) for sites in stack.sites for site in sites}
     return Inspection(
-        model=describe_model(config, loaded, stack, source),
+        model=describe_model(loaded, stack, source),
         stack=stack.path,
         blocks=tuple(tuple(_describe(site, groups) for site in sites) for sites in stack.sites),
         not_pruned=tuple(

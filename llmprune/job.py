@@ -124,7 +124,7 @@ class Job:
             self.stack = probe(self.model, find_stack(self.model), ids)
         self._check_sites(self.stack)
         _check_finite(self.stack)
-        self.model_report = describe_model(self.config, self.model, self.stack, self.source)
+        self.model_report = describe_model(self.model, self.stack, self.source)
         yield clock.finished()
 
     def _calibrate(self) -> Iterator[Event]:
@@ -403,7 +403,8 @@ def _check_finite(stack: Stack) -> None:
                 )
 
 
-def describe_model(config: PruneConfig, model: PreTrainedModel, stack: Stack, source: Source | None) -> ModelReport:
+def describe_model(model: PreTrainedModel, stack: Stack, source: Source | None) -> ModelReport:
+    """Name, revision and sizes of a model; without ``source`` it is one in memory."""
     parameters = list(model.parameters())
     return ModelReport(
         name=source.name if source else (getattr(model, "name_or_path", "") or type(model).__name__),

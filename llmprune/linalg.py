@@ -16,9 +16,9 @@ MAX_DAMPING = 1.0
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular U [I, I] (fp32) with U^T U = (G + damping * mean(diag G) * Id)^-1, and the damping used.
 
-    Inputs that were never active (zero diagonal) get the mean diagonal, so they stay decoupled at any scale. Computed in fp64 without
-    forming the inverse: with J the exchange matrix and J A J = L L^T, U = J L^-1 J. Where the factorisation fails the
-    damping is raised tenfold, up to 1.0.
+    Inputs that were never active (zero diagonal) get the mean diagonal, so they stay decoupled at any scale. Computed in
+    fp64 without forming the inverse: with J the exchange matrix and J A J = L L^T, U = J L^-1 J. Where the
+    factorisation fails the damping is raised tenfold, up to 1.0.
 
     Raises:
         FactorizationError: the matrix holds NaN or inf, or stays indefinite at damping 1.0.

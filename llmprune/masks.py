@@ -6,6 +6,8 @@ the same scores give the same support on every device.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def block_counts(num_rows: int, num_columns: int, *, sparsity: float, width: int
     """How many weights to prune in each column block so that the total is exact: differences of rounded prefixes."""
     edges = [*range(0, num_columns, width), num_columns]
     prefix = [num_pruned(num_rows * edge, sparsity) for edge in edges]
-    return [after - before for before, after in zip(prefix, prefix[1:], strict=False)]
+    return [after - before for before, after in pairwise(prefix)]
 
 
 def keep_highest(score_RC: Tensor, count: int) -> Tensor:

@@ -111,7 +111,7 @@ class _Planner:
             where = where.parent
         free_disk = shutil.disk_usage(where).free
         one_pass = config.sequential == "group" and batch_size >= config.num_samples
-        description = describe_model(config, model, stack, None).model_copy(
+        description = describe_model(model, stack, None).model_copy(
             update={"name": config.model, "revision": config.revision or "", "dtype": dtype, "weights_bytes": self.weights}
         )
         # What this process already holds is part of the peak, not of what is still free.
@@ -248,7 +248,7 @@ class _Planner:
         with hub_errors(self.config):
             found = get_safetensors_metadata(self.config.model, revision=self.config.revision)
             config_file = hf_hub_download(self.config.model, "config.json", revision=self.config.revision)
-        counts = dict(found.parameter_count)
+        counts = {str(name): count for name, count in found.parameter_count.items()}
         size = sum(
             end for file in found.files_metadata.values() for _, end in [max(t.data_offsets for t in file.tensors.values())]
         )

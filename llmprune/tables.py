@@ -18,7 +18,7 @@ from llmprune.report import Evaluation, Inspection, Plan, SiteInfo
 def print_plan(plan: Plan, console: Console) -> None:
     """What will be pruned, what it needs, what there is."""
     facts = _facts(f"Plan for {printable(plan.model.name)}")
-    facts.add_row("Pruned", f"{count(plan.num_pruned_weights)} weights in {plan.num_sites} sites of {plan.model.num_blocks} blocks")
+    facts.add_row("Pruned", f"{count(plan.num_pruned_weights)} weights, {plan.num_sites} sites, {plan.model.num_blocks} blocks")
     facts.add_row("Walk", f"{plan.walk}, {plan.batch_size} sequences of {plan.seq_len} tokens per forward")
     facts.add_row("Tokens", f"{count(plan.calibration_tokens)} calibration, about {count(plan.evaluation_tokens)} evaluation")
     facts.add_row("Device", plan.device)
@@ -65,7 +65,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     for speed in evaluation.latency.pruned if evaluation.latency else ():
-        console.print(f"{speed.phase}: {rate(speed.tokens_per_second)} tokens/s ({speed.num_tokens} tokens, batch {speed.batch_size})")
+        what = f"{speed.num_tokens} tokens, batch {speed.batch_size}"
+        console.print(f"{speed.phase}: {rate(speed.tokens_per_second)} tokens/s ({what})")
 
 
 def print_methods(methods: Iterable[Method], console: Console) -> None:

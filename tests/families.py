@@ -285,9 +285,7 @@ FAMILIES: dict[str, Overrides] = {
     "granite_swa": _tiny("head_dim", **_FULL_THEN_SLIDING),
     "granitemoe": _tiny("head_dim", **_LOCAL_EXPERTS),
     "granitemoe_swa": _tiny("head_dim", shared_intermediate_size=32, **_LOCAL_EXPERTS, **_FULL_THEN_SLIDING),
-    "granitemoehybrid": _tiny(
-        "head_dim", shared_intermediate_size=32, **_LOCAL_EXPERTS, **_LINEAR_THEN_FULL, **_MAMBA2_MIXER
-    ),
+    "granitemoehybrid": _tiny("head_dim", shared_intermediate_size=32, **_LOCAL_EXPERTS, **_LINEAR_THEN_FULL, **_MAMBA2_MIXER),
     "granitemoeshared": _tiny("head_dim", shared_intermediate_size=32, **_LOCAL_EXPERTS),
     "helium": _tiny(),
     "hrm_text": _tiny("num_key_value_heads"),
@@ -652,9 +650,7 @@ CONVERTED_FAMILIES: dict[str, Overrides] = {
     "rembert": _bert(input_embedding_size=32, output_embedding_size=64),
     "roberta": _bert(),
     "roberta-prelayernorm": _bert(),
-    "roc_bert": _bert(
-        pronunciation_embed_dim=16, pronunciation_vocab_size=128, shape_embed_dim=16, shape_vocab_size=128
-    ),
+    "roc_bert": _bert(pronunciation_embed_dim=16, pronunciation_vocab_size=128, shape_embed_dim=16, shape_vocab_size=128),
     "roformer": _bert(embedding_size=64),
     "trocr": _without(_bart(), "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads"),
     "whisper": _without(_bart(), "max_position_embeddings")

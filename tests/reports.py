@@ -36,9 +36,7 @@ def sample_report(*, num_blocks: int = 4, num_experts: int = 0, with_errors: boo
     num_prunable = sum(site.numel for site in sites)
     num_parameters = num_prunable + 155_648_000
     fields: dict[str, Any] = {
-        "config": PruneConfig(
-            model="Qwen/Qwen3-0.6B", method="sparsegpt", sparsity=0.5, eval=("wikitext2", "c4"), seed=7
-        ),
+        "config": PruneConfig(model="Qwen/Qwen3-0.6B", method="sparsegpt", sparsity=0.5, eval=("wikitext2", "c4"), seed=7),
         "model": ModelReport(
             name="Qwen/Qwen3-0.6B",
             revision="c1899de289a04d12100db370d81485cdf75e47ca",

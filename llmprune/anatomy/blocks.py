@@ -136,7 +136,7 @@ def probe(model: PreTrainedModel, stack: Stack, input_ids_NS: Tensor) -> Stack:
         for index, block in enumerate(stack.blocks)
     ]
     uses: Counter[str] = Counter()
-    watcher = Watcher([site for sites in stack.sites for site in sites], lambda site, x: uses.update([site.name]))
+    watcher = Watcher([site for sites in stack.sites for site in sites], lambda site, _: uses.update([site.name]))
     try:
         with watcher, eager_experts(model):
             model(input_ids=input_ids_NS, use_cache=False)

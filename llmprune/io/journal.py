@@ -192,8 +192,8 @@ class Journal:
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 raise ResumeRefused(
-                    f"{self.directory} belongs to a run with {key} = {before.get(key)!r}, not {now.get(key)!r}. Resume with the "
-                    "same settings, or delete it to start again."
+                    f"{self.directory} belongs to a run with {key} = {before.get(key)!r}, not {now.get(key)!r}. Resume with "
+                    "the same settings, or delete it to start again."
                 )
 
 

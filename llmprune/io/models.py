@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # of whichever HTTP client the hub library uses
+    HTTPError,  # of whichever HTTP client the hub library uses
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     OfflineModeIsEnabled,
@@ -123,7 +123,8 @@ def refuse_pickles(name: str, files: list[str]) -> None:
     pickles = [file for file in files if file.endswith(_PICKLES)]
     if pickles:
         raise UnsafeModel(
-            f"{name!r} has pickle weights only ({pickles[0]}); loading them can execute code. Convert them to safetensors first."
+            f"{name!r} has pickle weights only ({pickles[0]}); loading them can execute code. "
+            "Convert them to safetensors first."
         )
     raise ModelNotFound(f"{name!r} holds no safetensors weights.")
 
@@ -185,7 +186,8 @@ def load_model(source: Source, config: PruneConfig, device: torch.device) -> Pre
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"], key=str)
         raise CorruptCheckpoint(
-            f"{source.name!r} holds {name} of shape {list(stored)} where its config calls for {list(wanted)}. Download it again."
+            f"{source.name!r} holds {name} of shape {list(stored)} where its config calls for {list(wanted)}. "
+            "Download it again."
         )
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
@@ -193,13 +195,13 @@ def load_model(source: Source, config: PruneConfig, device: torch.device) -> Pre
             f"{source.name!r} lacks {len(info['missing_keys'])} tensors its config calls for, e.g. {first}; "
             "the model would be partly random."
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def load_tokenizer(path: Path, config: PruneConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer; raises ModelNotFound where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UnsafeModel(f"{config.model!r} ships its own tokenizer code. {_READ_IT}") from None

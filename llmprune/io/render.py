@@ -155,10 +155,12 @@ class Group:
 
     @property
     def num_weights(self) -> int:
+        """Weights of all sites."""
         return sum(site.numel for site in self.sites)
 
     @property
     def sparsity(self) -> float:
+        """Fraction of zeros."""
         return sum(site.num_zeros for site in self.sites) / max(self.num_weights, 1)
 
     @property
@@ -176,6 +178,7 @@ class Row:
 
     @property
     def output_error(self) -> float | None:
+        """The largest error of the row's cells, where any was measured."""
         errors = [cell.output_error for cell in self.cells if cell is not None and cell.output_error is not None]
         return max(errors, default=None)
 
@@ -252,6 +255,7 @@ class ExpertTokens:
 
     @property
     def num_unseen(self) -> int:
+        """Experts that no calibration token reached."""
         return sum(tokens == 0 for _, tokens in self.tokens)
 
 
@@ -281,11 +285,13 @@ class Shade:
 
     @classmethod
     def of(cls, values: Sequence[float], min_range: float) -> Shade:
+        """The scale of ``values``, at least ``min_range`` wide."""
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         spare = max(0.0, min_range - (max(finite) - min(finite))) / 2
         return cls(min(finite) - spare, max(finite) + spare)
 
     def __call__(self, value: float) -> str:
+        """Where a value lies on the scale, 0 to 1, for a style attribute."""
         if not math.isfinite(value):
             return "1"
         return f"{(value - self.low) / (self.high - self.low):.2f}" if self.high > self.low else "0.5"

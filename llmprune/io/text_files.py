@@ -101,9 +101,7 @@ def _read_parquet(path: Path) -> list[str]:
     try:
         schema = pyarrow.parquet.read_schema(path)
         strings = [
-            field.name
-            for field in schema
-            if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
+            field.name for field in schema if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
         ]
         remedy = "Rename one of them to 'text'."
         column = pick_column(strings, asked="", all_columns=schema.names, where=str(path), remedy=remedy)

@@ -69,9 +69,7 @@ def windows_of_documents(
     return windows
 
 
-def windows_of_text(
-    text: str, tokenizer: Tokenizer, *, num_samples: int, seq_len: int, seed: int, source: str
-) -> Windows:
+def windows_of_text(text: str, tokenizer: Tokenizer, *, num_samples: int, seq_len: int, seed: int, source: str) -> Windows:
     """Random windows, which may overlap, of one text tokenized once: the WikiText-2 and PTB calibration of GPTQ."""
     ids = encode(tokenizer, text)
     if len(ids) <= seq_len:
@@ -119,15 +117,12 @@ def consecutive_windows(
     ids = encode_joined(documents, separator, tokenizer, max_tokens=max_tokens)
     if len(ids) < seq_len:
         raise TextTooShort(
-            f"{source} holds {len(ids)} tokens, but evaluating needs at least {seq_len}. "
-            "Use a smaller --seq-len, or more text."
+            f"{source} holds {len(ids)} tokens, but evaluating needs at least {seq_len}. Use a smaller --seq-len, or more text."
         )
     return [ids[start : start + seq_len] for start in range(0, len(ids) - seq_len + 1, seq_len)]
 
 
-def encode_joined(
-    documents: Sequence[str], separator: str, tokenizer: Tokenizer, *, max_tokens: int | None
-) -> list[int]:
+def encode_joined(documents: Sequence[str], separator: str, tokenizer: Tokenizer, *, max_tokens: int | None) -> list[int]:
     """The first ``max_tokens`` tokens of the joined documents, from as little of the text as settles them."""
     if max_tokens is None:
         return encode(tokenizer, separator.join(documents))

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def sample_ids(
-    model: nn.Module, tokenizer: Tokenizer, *, num_samples: int, seq_len: int, seed: int, batch_size: int
-) -> Tensor:
+def sample_ids(model: nn.Module, tokenizer: Tokenizer, *, num_samples: int, seq_len: int, seed: int, batch_size: int) -> Tensor:
     """Sample int64 ids [N, S] on the CPU at temperature 1 from the whole vocabulary; end tokens do not end a sequence.
 
     All uniform numbers are drawn at the start, on the CPU, so neither the batch size nor the device changes them.

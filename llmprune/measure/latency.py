@@ -6,6 +6,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def measure_speed(model: PreTrainedModel, ids_NS: Tensor, *, num_decode: int = 3
     times = []
     for _ in range(repeats + 1):
         start = prefill()  # every run decodes from its own fresh cache
-        times.append(_seconds(lambda start=start: decode(start), device))
+        times.append(_seconds(partial(decode, start), device))
     speeds.append(_speed("decode", batch_size, num_decode, times[1:]))
     return tuple(speeds)
 

@@ -1,4 +1,4 @@
-"""The pruning methods: one paper, one file, one line of :data:`METHODS`.
+"""The pruning methods: one paper, one file, one line of the table.
 
 Command-line choices, the service's schema, the docs and the contract tests all read this table. Torch-free: a method's
 file is imported when it is first used.
@@ -63,15 +63,29 @@ class Method:
         return weight_OI.where(keep_OI, 0)
 
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("magnitude", Need.NOTHING, "matrix", False, "Prune the smallest weights.", "Han et al. 2015, arXiv 1506.02626, section 3"),
-        Method("random", Need.NOTHING, "matrix", False, "Prune at random: the floor every method must beat.", "baseline"),
-        Method("wanda", Need.NORM, "row", False, "Weight times input norm, compared within each output.", "Sun et al. 2023, arXiv 2306.11695, eq. 1"),
-        Method("sparsegpt", Need.GRAM, "block", True, "Column-wise optimal brain surgeon with weight updates.", "Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1"),
-    )
-}  # fmt: skip
+_TABLE = (
+    Method(
+        "magnitude", Need.NOTHING, "matrix", updates_weights=False,
+        summary="Prune the smallest weights.",
+        paper="Han et al. 2015, arXiv 1506.02626, section 3",
+    ),
+    Method(
+        "random", Need.NOTHING, "matrix", updates_weights=False,
+        summary="Prune at random: the floor every method must beat.",
+        paper="baseline",
+    ),
+    Method(
+        "wanda", Need.NORM, "row", updates_weights=False,
+        summary="Weight times input norm, compared within each output.",
+        paper="Sun et al. 2023, arXiv 2306.11695, eq. 1",
+    ),
+    Method(
+        "sparsegpt", Need.GRAM, "block", updates_weights=True,
+        summary="Column-wise optimal brain surgeon with weight updates.",
+        paper="Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1",
+    ),
+)  # fmt: skip
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 
 
 def get_method(name: str) -> Method:

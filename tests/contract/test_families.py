@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, MULTIMODAL_FAMILIES, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from families import FAMILIES, MULTIMODAL_FAMILIES, tiny_model
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.engines.layerwise import Walk
 from llmprune.errors import UnsupportedModel

@@ -85,7 +85,7 @@ def command(argv: list[str]) -> None:
 
 
 def run(argv: list[str], until: Moment | None = None, *, delay: float = 0) -> tuple[int, list[Event]]:
-    """Run a job in a process; SIGKILL it ``delay`` seconds after the event that ``until`` knows. Returns exit code and events."""
+    """Run a job in a process, SIGKILLed ``delay`` seconds after the event that ``until`` knows: exit code and events."""
     log = Path(argv[argv.index("--events") + 1])
     log.unlink(missing_ok=True)
     log.touch()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from families import tiny_model
 from llmprune.anatomy.blocks import eager_experts, find_stack, probe, record
 from llmprune.engines import layerwise
 from llmprune.engines.layerwise import Walk

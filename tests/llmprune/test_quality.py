@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from families import tiny_model
 from llmprune.anatomy.blocks import find_stack, probe
 from llmprune.measure.latency import measure_speed
 from llmprune.measure.quality import Scores, head_inputs, replay_head, score_text

@@ -79,9 +79,7 @@ def hostile_report() -> Report:
     assert report.latency is not None
     return sample_report(
         config=PruneConfig(model=HOSTILE, method=HOSTILE, skip=(HOSTILE,)),
-        model=report.model.model_copy(
-            update={"name": HOSTILE, "revision": HOSTILE, "model_type": HOSTILE, "dtype": HOSTILE}
-        ),
+        model=report.model.model_copy(update={"name": HOSTILE, "revision": HOSTILE, "model_type": HOSTILE, "dtype": HOSTILE}),
         environment=report.environment.model_copy(update={"llmprune": HOSTILE, "device": HOSTILE, "torch": HOSTILE}),
         calibration=text,
         scope=HOSTILE,
@@ -138,9 +136,7 @@ def test_page_is_accessible() -> None:
     assert tags.count("h1") == 1
     assert tags.count("table") == tags.count("caption") == 6
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
-    assert all(
-        attributes.get("aria-label") for tag, attributes in page.tags if attributes.get("role") in ("img", "region")
-    )
+    assert all(attributes.get("aria-label") for tag, attributes in page.tags if attributes.get("role") in ("img", "region"))
     assert ("html", {"lang": "en"}) in page.tags
 
 
@@ -193,9 +189,7 @@ def test_dense_only_measurement() -> None:
     report = sample_report()
     assert report.latency is not None
     dense = report.quality[0].model_copy(update={"perplexity_pruned": None, "kl": None, "top1_agreement": None})
-    text = Page(
-        render_html(sample_report(quality=(dense,), latency=report.latency.model_copy(update={"pruned": ()})))
-    ).text
+    text = Page(render_html(sample_report(quality=(dense,), latency=report.latency.model_copy(update={"pruned": ()})))).text
     assert "20.97 – – – –" in text
     assert "Not measured" in text
     assert "None" not in text
@@ -278,12 +272,9 @@ def _contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_contrast(scheme: int) -> None:
     """Every text colour has a contrast of at least 4.5 (WCAG AA) on the grounds it appears on."""
-    css = (
-        (TEMPLATES / "report.html.j2").read_text(encoding="utf-8").split("@media (prefers-color-scheme: dark)")[scheme]
-    )
+    css = (TEMPLATES / "report.html.j2").read_text(encoding="utf-8").split("@media (prefers-color-scheme: dark)")[scheme]
     colors = {
-        name: tuple(int(value[i : i + 2], 16) for i in (0, 2, 4))
-        for name, value in re.findall(r"--([\w-]+): #(\w{6})", css)
+        name: tuple(int(value[i : i + 2], 16) for i in (0, 2, 4)) for name, value in re.findall(r"--([\w-]+): #(\w{6})", css)
     }
     heat = re.search(r"--heat: (\d+), (\d+), (\d+)", css)
     assert heat is not None and len(colors) == 14
@@ -395,9 +386,7 @@ def test_card_does_not_depend_on_the_run() -> None:
             "out": "elsewhere",
             "warnings": ("the GPU was busy",),
             "environment": one.environment.model_copy(update={"device": "cpu", "num_threads": 2}),
-            "quality": tuple(
-                item.model_copy(update={"seconds_dense": 5.0, "seconds_pruned": 6.0}) for item in one.quality
-            ),
+            "quality": tuple(item.model_copy(update={"seconds_dense": 5.0, "seconds_pruned": 6.0}) for item in one.quality),
             "config": one.config.model_copy(update={"device": "cuda:3"}),
         }
     )

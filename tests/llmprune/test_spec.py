@@ -36,9 +36,7 @@ def test_every_field_has_a_default_and_a_description() -> None:
         assert field.description and field.description.endswith("."), name
 
 
-@pytest.mark.parametrize(
-    ("text", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("3:4", 0.25), ("4:8", 0.5), ("1:3", 1 - 1 / 3)]
-)
+@pytest.mark.parametrize(("text", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("3:4", 0.25), ("4:8", 0.5), ("1:3", 1 - 1 / 3)])
 def test_pattern_fixes_the_sparsity(text: str, sparsity: float) -> None:
     """n:m decides the sparsity, whether it is left out, None, or given consistently."""
     for config in (
@@ -176,9 +174,7 @@ def test_json_round_trip(config: PruneConfig) -> None:
     assert PruneConfig.build(**json.loads(config.model_dump_json(exclude_unset=True))) == config
 
 
-@pytest.mark.parametrize(
-    "text", ["4:2", "2:2", "0:4", "abc", "", "2:", ":4", "2:4:8", "-1:4", "1.5:4", "2:4 ", "Unstructured"]
-)
+@pytest.mark.parametrize("text", ["4:2", "2:2", "0:4", "abc", "", "2:", ":4", "2:4:8", "-1:4", "1.5:4", "2:4 ", "Unstructured"])
 def test_bad_patterns_say_what_is_allowed(text: str) -> None:
     """Text that is no pattern is quoted back with both forms that are, from Pattern and from the config alike."""
     with pytest.raises(ConfigError) as caught:
@@ -188,9 +184,7 @@ def test_bad_patterns_say_what_is_allowed(text: str) -> None:
     assert _error(pattern=text) == message
 
 
-@pytest.mark.parametrize(
-    ("text", "n", "m"), [("2:4", 2, 4), ("1:2", 1, 2), ("7:8", 7, 8), ("unstructured", None, None)]
-)
+@pytest.mark.parametrize(("text", "n", "m"), [("2:4", 2, 4), ("1:2", 1, 2), ("7:8", 7, 8), ("unstructured", None, None)])
 def test_patterns_parse_and_print(text: str, n: int | None, m: int | None) -> None:
     """n weights are KEPT of every m; printing gives the text back."""
     pattern = Pattern.parse(text)
@@ -218,9 +212,7 @@ def test_needs_are_levels() -> None:
 def test_torch_free_modules_do_not_import_torch() -> None:
     """A command line's --help or a service's schema must not wait for torch."""
     modules = ["llmprune.spec", "llmprune.report", "llmprune.errors", "llmprune.events", "llmprune.methods"]
-    code = (
-        f"import sys, {', '.join(modules)}; print([m for m in {modules} if m in sys.modules], 'torch' in sys.modules)"
-    )
+    code = f"import sys, {', '.join(modules)}; print([m for m in {modules} if m in sys.modules], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{modules} False"

@@ -40,9 +40,7 @@ def train_tokenizer(*, bos=True, context=64):
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"] if bos else ["</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(DOCUMENTS, trainer)
     if bos:
         core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
@@ -125,9 +123,7 @@ def test_document_windows_follow_the_references_random_stream(tokenizer, seed):
     state = random.getstate()
     expected = reference_c4(DOCUMENTS, tokenizer, 40, 90, seed)
     random.setstate(state)
-    windows = text_protocols.windows_of_documents(
-        DOCUMENTS, tokenizer, num_samples=40, seq_len=90, seed=seed, source="c4"
-    )
+    windows = text_protocols.windows_of_documents(DOCUMENTS, tokenizer, num_samples=40, seq_len=90, seed=seed, source="c4")
     assert windows == expected
     assert random.getstate() == state
     assert len({tuple(window) for window in windows}) > 20
@@ -153,9 +149,7 @@ def test_document_windows_give_up_when_no_document_is_long_enough(tokenizer):
     """Where the references loop for ever, the error names the longest document and what was needed."""
     longest = max(len(ids_of(tokenizer, document)) for document in DOCUMENTS)
     with pytest.raises(TextTooShort) as error:
-        text_protocols.windows_of_documents(
-            DOCUMENTS, tokenizer, num_samples=1, seq_len=longest, seed=0, source="these files"
-        )
+        text_protocols.windows_of_documents(DOCUMENTS, tokenizer, num_samples=1, seq_len=longest, seed=0, source="these files")
     message = one_line(error)
     assert f"more than {longest} tokens" in message
     assert f"longest of 10 has {longest}" in message
@@ -185,9 +179,7 @@ def test_stream_windows_are_distinct_parts_of_the_stream(tokenizer):
     """Every document, ended by eos, is one stream; all windows together are the stream without its remainder."""
     stream = [token for document in DOCUMENTS for token in [*ids_of(tokenizer, document), tokenizer.eos_token_id]]
     cut = [stream[start : start + 64] for start in range(0, len(stream) - 63, 64)]
-    drawn, note = text_protocols.windows_of_stream(
-        DOCUMENTS, tokenizer, num_samples=len(cut), seq_len=64, seed=3, source="x"
-    )
+    drawn, note = text_protocols.windows_of_stream(DOCUMENTS, tokenizer, num_samples=len(cut), seq_len=64, seed=3, source="x")
     assert sorted(drawn) == sorted(cut)
     assert drawn == [cut[index] for index in random.Random(3).sample(range(len(cut)), len(cut))]
     assert note == ""
@@ -217,9 +209,7 @@ def test_stream_too_short_names_tokens_found_and_needed(tokenizer):
     """The error counts the stream and the samples."""
     found = len(ids_of(tokenizer, DOCUMENTS[1])) + 1
     with pytest.raises(TextTooShort) as error:
-        text_protocols.windows_of_stream(
-            [DOCUMENTS[1]], tokenizer, num_samples=100, seq_len=64, seed=0, source="notes.txt"
-        )
+        text_protocols.windows_of_stream([DOCUMENTS[1]], tokenizer, num_samples=100, seq_len=64, seed=0, source="notes.txt")
     message = one_line(error)
     assert f"notes.txt holds {found} tokens, but 100 samples of 64 need 6400" in message
     assert "--num-samples" in message
@@ -295,9 +285,7 @@ def sentencepiece_like():
 
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.Replace(" ", "▁")
-    core.train_from_iterator(
-        DOCUMENTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
-    )
+    core.train_from_iterator(DOCUMENTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
 
 
@@ -479,9 +467,7 @@ def test_sha256_is_that_of_little_endian_int64(tokenizer, tmp_path):
 # Names
 
 
-@pytest.mark.parametrize(
-    "source", ["c4", "wikitext2", "ptb", "stdlib", "synthetic", "hf:user/name", "hf:x::train[:9]:c"]
-)
+@pytest.mark.parametrize("source", ["c4", "wikitext2", "ptb", "stdlib", "synthetic", "hf:user/name", "hf:x::train[:9]:c"])
 def test_known_names_pass(source):
     """Names are checked without reading or reaching anything."""
     check_source(source)
@@ -545,9 +531,7 @@ def test_stdlib_calibrates_as_c4_does(tokenizer, monkeypatch):
     token_set = load_calibration("stdlib", tokenizer, num_samples=6, seq_len=90, seed=5)
     assert token_set.ids_NS.tolist() == reference_c4(DOCUMENTS, tokenizer, 6, 90, 5)
     assert token_set.report.split == "train"
-    assert (
-        "a random window of each of 6 random documents longer than 90 tokens, seed 5." in token_set.report.description
-    )
+    assert "a random window of each of 6 random documents longer than 90 tokens, seed 5." in token_set.report.description
 
 
 def test_stdlib_evaluates_on_its_held_out_files(tokenizer):
@@ -620,9 +604,7 @@ def test_a_dataset_without_test_split_evaluates_on_validation_and_says_so(tokeni
 
 def test_split_and_column_can_be_named(tokenizer, folder):
     """Empty parts take their defaults, and a split may be a slice."""
-    documents, split, note = text_hub.read_dataset(
-        text_hub.HubSource.parse(f"hf:{folder}::train[2:5]:title"), evaluation=True
-    )
+    documents, split, note = text_hub.read_dataset(text_hub.HubSource.parse(f"hf:{folder}::train[2:5]:title"), evaluation=True)
     assert (list(documents), split, note) == (["t"] * 3, "train[2:5]", "")
 
 

@@ -46,9 +46,7 @@ def _target(text: str, scope: Scope = "block") -> Target:
     return Target(Pattern.parse(text), 0.5, scope) if ":" in text else Target(Pattern(), float(text), scope)
 
 
-def _prune(
-    weight_OI: Tensor, x_TI: Tensor, target: Target, *, method: str = "sparsegpt", damping: float = DAMPING
-) -> Tensor:
+def _prune(weight_OI: Tensor, x_TI: Tensor, target: Target, *, method: str = "sparsegpt", damping: float = DAMPING) -> Tensor:
     stats = _stats(x_TI, METHODS[method].needs)
     generator = torch.Generator().manual_seed(0)
     return METHODS[method].prune(weight_OI.clone(), stats, target, damping=damping, generator=generator)

@@ -178,9 +178,7 @@ def test_factor_is_upper_triangular_and_squares_to_the_inverse(tokens: int, colu
     assert torch.equal(gram_II, before_II)
     inverse64_II = _inverse64(gram_II, 0.01)
     reference_II = torch.linalg.cholesky(inverse64_II, upper=True)
-    torch.testing.assert_close(
-        factor_II.double().T @ factor_II.double(), inverse64_II, rtol=0, atol=_tiny(inverse64_II)
-    )
+    torch.testing.assert_close(factor_II.double().T @ factor_II.double(), inverse64_II, rtol=0, atol=_tiny(inverse64_II))
     torch.testing.assert_close(factor_II.double(), reference_II, rtol=0, atol=_tiny(reference_II))
 
 

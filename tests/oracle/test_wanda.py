@@ -50,8 +50,7 @@ def test_example_tells_the_wrong_scores_apart() -> None:
     """The three candidate scores prune three different pairs of row 0, so the example can detect each mistake."""
     norm_I = X_TI.norm(dim=0)
     lowest = [
-        set(score_I.argsort()[:2].tolist())
-        for score_I in (W_OI[0].abs() * norm_I, W_OI[0].abs() * norm_I**2, W_OI[0].abs())
+        set(score_I.argsort()[:2].tolist()) for score_I in (W_OI[0].abs() * norm_I, W_OI[0].abs() * norm_I**2, W_OI[0].abs())
     ]
     assert lowest == [{1, 2}, {1, 3}, {0, 2}]
 
