@@ -25,10 +25,10 @@ from llmprune.devices import environment, pick_device
 from llmprune.io.models import BUNDLED_PATH
 from llmprune.report import Plan, Report
 
-NUM_SAMPLES, SEQ_LEN = 32, 512
+NUM_SAMPLES, SEQ_LEN = 64, 512
 CASES = {
     "wanda, two-pass": ["--method", "wanda", "--sequential", "block"],
-    "wanda, staged": ["--method", "wanda", "--batch-size", "8"],
+    "wanda, staged": ["--method", "wanda", "--batch-size", "4"],
     "wanda, one-pass": ["--method", "wanda", "--batch-size", str(NUM_SAMPLES)],
     "sparsegpt, two-pass": ["--method", "sparsegpt", "--sequential", "block"],
 }
@@ -69,7 +69,7 @@ def run(console: Console) -> dict[str, Any]:
         for number, (name, flags) in enumerate(CASES.items()):
             common = [
                 str(folder), *flags, "--num-samples", str(NUM_SAMPLES), "--seq-len", str(SEQ_LEN),
-                "--calibration", "stdlib", "--eval", "stdlib", "--max-eval-tokens", "16384", "--device", "cpu",
+                "--calibration", "stdlib", "--eval", "stdlib", "--max-eval-tokens", "4096", "--device", "cpu",
             ]  # fmt: skip
             plan = Plan.model_validate(json.loads(llmprune("plan", *common)))
             out = str(Path(temporary) / str(number))

@@ -5,6 +5,8 @@ No device is named here: whichever accelerator torch reports is used.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import resource
 import sys
@@ -97,6 +99,7 @@ class PeakMemory:
     """Peak memory of one stage: resident set of the process and allocations on the accelerator, in bytes."""
 
     def __init__(self) -> None:
+        _return_free_memory()
         self._resettable = _reset_peak_rss()
         if torch.accelerator.is_available():
             torch.accelerator.reset_peak_memory_stats()
@@ -116,6 +119,14 @@ class PeakMemory:
     def gpu_bytes(self) -> int | None:
         """Highest allocation on the current accelerator; None without one."""
         return int(torch.accelerator.max_memory_allocated()) if torch.accelerator.is_available() else None
+
+
+def _return_free_memory() -> None:
+    """Give what the C allocator holds back to the system, so that one stage's leavings are not the next one's peak."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc only
+    if trim is not None:
+        trim(0)
 
 
 def _reset_peak_rss() -> bool:

@@ -55,11 +55,11 @@ def choose_batch_size(
     free_bytes: int,
 ) -> int:
     """Calibration sequences per forward: all of them where one pass is wanted and fits in half of what is free, else as
-    many as keep the block's activations small beside the hidden states.
+    many as keep the block's activations below the hidden states of the calibration set.
     """
     activations = block_activation_bytes(sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need)
-    hidden = 2 * num_samples * seq_len * hidden_size * itemsize
-    budget = free_bytes // 2 - hidden - solve_bytes(sites, need)
+    hidden = num_samples * seq_len * hidden_size * itemsize
+    budget = free_bytes // 2 - 2 * hidden - solve_bytes(sites, need)
     if one_pass and num_samples * activations <= budget:
         return num_samples
-    return max(1, min(num_samples, STAGED_TOKENS // seq_len, budget // activations))
+    return max(1, min(num_samples, STAGED_TOKENS // seq_len, hidden // activations, budget // activations))

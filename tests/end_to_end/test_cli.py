@@ -303,7 +303,7 @@ def test_a_process_of_its_own_keeps_streams_and_codes(tiny_model_dir: Path, tmp_
     done = python("-W", "error", "-m", "llmprune", "inspect", tiny_model_dir, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert Inspection.model_validate_json(done.stdout).stack == "model.layers"
-    failed = python("-m", "llmprune", "prune", tmp_path / "nothing", "-o", tmp_path / "out", "--no-eval", "-c", "stdlib")
+    failed = python("-m", "llmprune", "prune", tiny_model_dir, "--events", tmp_path / "events.jsonl")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("Error: ")
     assert not list(tmp_path.iterdir())
