@@ -1,6 +1,6 @@
 # The verbs of this project. Each one is complete: it makes .venv and installs what it needs.
 #
-#   make run                prune the bundled demo model; MODEL=, METHOD=, SPARSITY=, PATTERN=, OUT= change the job
+#   make run                prune the bundled demo model; MODEL=, METHOD=, SPARSITY=, PATTERN=, DTYPE=, OUT= change the job
 #   make test               the whole suite, offline
 #   make lint               ruff, mypy
 #   make bench              speed, memory and quality; writes the table of the README
@@ -15,6 +15,8 @@ MODEL ?= demo
 METHOD ?= sparsegpt
 SPARSITY ?= 0.5
 PATTERN ?= unstructured
+# Half precision is emulated on most CPUs, many times slower than fp32.
+DTYPE ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,float32)
 OUT ?= runs/$(notdir $(MODEL))-$(METHOD)-$(if $(filter unstructured,$(PATTERN)),$(SPARSITY),$(subst :,-,$(PATTERN)))
 ARGS ?=
 
@@ -23,7 +25,7 @@ ARGS ?=
 run: $(READY)
 	@rm -rf "$(OUT)" "$(OUT).work"
 	@$(BIN)/llmprune prune "$(MODEL)" --out "$(OUT)" --method $(METHOD) --pattern $(PATTERN) \
-		$(if $(filter unstructured,$(PATTERN)),--sparsity $(SPARSITY)) $(ARGS)
+		$(if $(filter unstructured,$(PATTERN)),--sparsity $(SPARSITY)) --dtype $(DTYPE) $(ARGS)
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)

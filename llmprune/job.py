@@ -116,6 +116,10 @@ class Job:
             raise ConfigError("a model in memory needs its tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).")
         yield Progress(stage="load", done=2, total=3)
         self.model.eval()
+        if self.device.type == "cpu" and self.model.dtype in (torch.float16, torch.bfloat16):
+            yield self._warn(
+                f"most CPUs emulate {str(self.model.dtype).removeprefix('torch.')}; --dtype float32 can be many times faster."
+            )
         text_config = self.model.config.get_text_config()
         self.seq_len = self.config.seq_len or default_seq_len(text_config)
         with dispatched(self.model, self.device):

@@ -146,7 +146,7 @@ class PruneConfig(BaseModel):
     damping: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Fraction of the mean Gram diagonal added to it.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...: where blocks are pruned and evaluated.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto keeps the checkpoint's.")
-    seed: int = Field(0, description="Seed of every random choice.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of every random choice.")
     trust_remote_code: bool = Field(False, description="Run modelling code shipped with the model.")
 
     @model_validator(mode="before")

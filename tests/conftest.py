@@ -6,6 +6,7 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import llmprune.api  # noqa: F401  (its imports are to be frozen below)
 import tiny
 
 torch.set_num_threads(1)
+gc.freeze()  # a job collects garbage at every stage: let it not walk all of torch and transformers each time
 
 
 class Outcome(NamedTuple):

@@ -335,12 +335,19 @@ def render_html(report: Report) -> str:
 def render_card(report: Report, base_model: str, license: str | None) -> str:
     """README.md of the checkpoint; the same job gives the same bytes.
 
-    ``base_model`` enters the front matter if it has the form ``owner/name``. Of a local directory only the last part is
-    shown, and the device is left out of the command: both are facts of a machine, not of the checkpoint.
+    ``base_model`` enters the front matter if it has the form ``owner/name``. Of local paths, the texts' too, only the last
+    part is shown, and the device is left out of the command: these are facts of a machine, not of the checkpoint.
     """
     is_hub_id = _HUB_ID.fullmatch(base_model) is not None
     shown = base_model if is_hub_id else Path(base_model).name or base_model
-    config = report.config.model_copy(update={"model": shown, "device": "auto"})
+    config = report.config.model_copy(
+        update={
+            "model": shown,
+            "device": "auto",
+            "calibration": report.config.calibration and last_part(report.config.calibration),
+            "eval": report.config.eval and tuple(map(last_part, report.config.eval)),
+        }
+    )
     template = _environment(html=False).get_template("model_card.md.j2")
     return template.render(
         report=report,
@@ -350,6 +357,11 @@ def render_card(report: Report, base_model: str, license: str | None) -> str:
         totals=make_grid(report.blocks).totals,
         command=command_line(config),
     )
+
+
+def last_part(source: str) -> str:
+    """A text's name; of a path its last part."""
+    return source if source.startswith("hf:") else Path(source).name or source
 
 
 def markdown(value: object) -> str:
@@ -379,7 +391,7 @@ def quoted(value: str) -> str:
 
 
 _FILTERS: tuple[Callable[..., Any], ...] = (
-    percent, target_percent, number, times, small, rate, count, duration, size, markdown, code, code_block, quoted,
+    percent, target_percent, number, times, small, rate, count, duration, size, last_part, markdown, code, code_block, quoted,
 )  # fmt: skip
 
 

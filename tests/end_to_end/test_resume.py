@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -77,6 +78,7 @@ def command(argv: list[str]) -> None:
     """What a process of this file's runs."""
     from llmprune.cli import main
 
+    gc.freeze()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

@@ -310,7 +310,7 @@ def parse_command(command: str) -> tuple[PruneConfig, str | None]:
         PruneConfig(),
         PruneConfig(sparsity=0.625, skip=("*.down_proj", "a b'c"), eval=("wikitext2", "c4"), latency=False),
         PruneConfig(pattern="2:4", method="sparsegpt", damping=0.02, scope="block", sequential="block"),
-        PruneConfig(pattern="1:4", num_samples=8, seq_len=512, batch_size=2, max_eval_tokens=4096, seed=-3),
+        PruneConfig(pattern="1:4", num_samples=8, seq_len=512, batch_size=2, max_eval_tokens=4096, seed=3),
         PruneConfig(eval=(), trust_remote_code=True, revision="main", device="cuda:1", dtype="float16"),
         PruneConfig(model="/models/my model; rm -rf $HOME", calibration="hf:a/b:c:train:text"),
     ],
