@@ -23,7 +23,7 @@ ARGS ?=
 .PHONY: run test lint format bench bench-quick lock clean
 
 run: $(READY)
-	@rm -rf "$(OUT)" "$(OUT).work"
+	@$(if $(filter file,$(origin OUT)),rm -rf "$(OUT)" "$(OUT).work") # a named OUT is the user's own
 	@$(BIN)/llmprune prune "$(MODEL)" --out "$(OUT)" --method $(METHOD) --pattern $(PATTERN) \
 		$(if $(filter unstructured,$(PATTERN)),--sparsity $(SPARSITY)) --dtype $(DTYPE) $(ARGS)
 

@@ -1,0 +1,74 @@
+"""The plan: what it foresees, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import llmprune
+from llmprune import planning
+from llmprune.errors import DoesNotFit
+from llmprune.planning import require_fit
+from llmprune.report import Plan
+
+
+@pytest.fixture
+def make_plan(tiny_model_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """Plan a small job on the tiny model, with so many bytes of memory and disk free."""
+
+    def run(*, free: int = 2**40, disk: int = 2**40, **overrides: Any) -> Plan:
+        monkeypatch.setattr(planning, "free_bytes", lambda _device: free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=disk))
+        fields = {"num_samples": 8, "seq_len": 32, "calibration": str(text_file), "eval": str(text_file)} | overrides
+        return llmprune.plan(tiny_model_dir, **fields)
+
+    return run
+
+
+def test_plan_counts_what_will_be_pruned(make_plan: Callable[..., Plan]) -> None:
+    """Sites, weights, tokens and walk are those of the job."""
+    plan = make_plan()
+    assert plan.num_sites == 14
+    assert plan.num_pruned_weights == plan.model.num_prunable > 0
+    assert plan.calibration_tokens == 8 * 32
+    assert (plan.walk, plan.batch_size) == ("one-pass", 8)
+    assert plan.fits and plan.seconds > 0 and plan.download_bytes == 0
+    assert make_plan(sequential="block").walk == "two-pass"
+    assert make_plan(batch_size=2).walk == "staged"
+    assert make_plan(skip="*.down_proj").num_sites == 12
+
+
+def test_plan_reads_no_weights(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither transformers nor safetensors is asked for a tensor."""
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("weights loaded"))
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("weights loaded"))
+    assert make_plan().fits
+
+
+def test_more_of_anything_needs_more(make_plan: Callable[..., Plan]) -> None:
+    """Samples, a Gram matrix and wider weights raise the peak of the stage they belong to."""
+
+    def prune_peak(**overrides: Any) -> int:
+        plan = make_plan(**overrides)
+        return next(stage.peak_cpu_bytes for stage in plan.stages if stage.name == "prune")
+
+    assert prune_peak(num_samples=4096) > prune_peak() + 4000 * 32 * 64 * 4
+    assert prune_peak(method="sparsegpt", num_samples=4096) > prune_peak(num_samples=4096)
+    assert make_plan(dtype="float16").model.weights_bytes * 2 == make_plan(dtype="float32").model.weights_bytes
+
+
+def test_what_cannot_fit_is_refused_with_the_flag_that_helps(make_plan: Callable[..., Plan]) -> None:
+    """Too little memory names fewer samples; too little disk another --out; both say how much is needed."""
+    plan = make_plan(free=-(2**30), num_samples=4096)
+    assert not plan.fits
+    with pytest.raises(DoesNotFit, match=r"needs .* GB of CPU memory, .* are free\. Use --num-samples 1024"):
+        require_fit(plan)
+    with pytest.raises(DoesNotFit, match=r"--out"):
+        require_fit(make_plan(disk=1000))
+    require_fit(make_plan())
