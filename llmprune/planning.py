@@ -110,7 +110,6 @@ class _Planner:
         while not where.exists():
             where = where.parent
         free_disk = shutil.disk_usage(where).free
-        one_pass = config.sequential == "group" and batch_size >= config.num_samples
         description = describe_model(model, stack, None).model_copy(
             update={"name": config.model, "revision": config.revision or "", "dtype": dtype, "weights_bytes": self.weights}
         )
@@ -121,7 +120,7 @@ class _Planner:
             model=description,
             num_sites=len(self.sites),
             num_pruned_weights=sum(site.numel for site in self.sites),
-            walk="two-pass" if config.sequential == "block" else "one-pass" if one_pass else "staged",
+            walk=self._walk(batch_size),
             batch_size=batch_size,
             seq_len=self.seq_len,
             calibration_tokens=config.num_samples * self.seq_len,
