@@ -12,11 +12,11 @@ from llmprune.io.models import BUNDLED_PATH
 
 def main() -> None:
     """Prune the bundled model to 50 % with Wanda; it changes in place."""
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED_PATH)
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED_PATH, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_PATH)
     events = llmprune.prune_iter(
         model, tokenizer=tokenizer, method="wanda", sparsity=0.5, calibration="stdlib", eval="stdlib",
-        num_samples=16, seq_len=256, max_eval_tokens=8192, latency=False,
+        num_samples=16, seq_len=256, max_eval_tokens=4096, latency=False,
     )  # fmt: skip
     for event in events:
         if isinstance(event, BlockFinished):
