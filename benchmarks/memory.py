@@ -27,10 +27,10 @@ from llmprune.report import Plan, Report
 
 NUM_SAMPLES, SEQ_LEN = 64, 512
 CASES = {
-    "wanda, two-pass": ["--method", "wanda", "--sequential", "block"],
-    "wanda, staged": ["--method", "wanda", "--batch-size", "4"],
-    "wanda, one-pass": ["--method", "wanda", "--batch-size", str(NUM_SAMPLES)],
-    "sparsegpt, two-pass": ["--method", "sparsegpt", "--sequential", "block"],
+    "wanda, two-pass": ["--method", "wanda"],
+    "wanda, staged": ["--method", "wanda", "--sequential", "group", "--batch-size", "4"],
+    "wanda, one-pass": ["--method", "wanda", "--sequential", "group", "--batch-size", str(NUM_SAMPLES)],
+    "sparsegpt, two-pass": ["--method", "sparsegpt"],
 }
 
 

@@ -75,6 +75,7 @@ def run_corpora(console: Console) -> dict[str, Any] | None:
 def _row(console: Console, label: str, method: str, fields: dict[str, Any]) -> dict[str, Any]:
     # Half precision is emulated on most CPUs, many times slower than fp32.
     dtype = "float32" if pick_device("auto").type == "cpu" else "auto"
+    fields = {"sequential": "group", **fields}
     report = llmprune.prune(method=method, latency=False, dtype=dtype, **fields)
     quality = report.quality[0]
     assert quality.perplexity_dense and quality.perplexity_pruned and quality.ratio

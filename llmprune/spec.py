@@ -120,8 +120,8 @@ class PruneConfig(BaseModel):
     pattern: str = Field("unstructured", description="'unstructured' or n:m (n kept of every m), such as 2:4.")
     scope: Scope | None = Field(None, description="Set in which scores compete; default is the method's own paper's.")
     sequential: Sequential = Field(
-        "group",
-        description="Recompute inputs after each 'group' of sites sharing an input, or once per 'block' as the papers do.",
+        "block",
+        description="Recompute inputs once per 'block', as the papers do, or after each 'group' of sites sharing one.",
     )
     skip: Names = Field((), description="Globs of site names to leave dense, e.g. '*.down_proj'.")
     calibration: str | None = Field(
