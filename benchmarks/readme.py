@@ -35,7 +35,10 @@ def _quality(result: dict[str, Any]) -> str:
             f"| {row['sparsity']} | {row['method']} | {row['perplexity']:.2f} | {row['ratio']:.2f} | {row['kl']:.4f} "
             f"| {row['top1']:.1%} | {row['seconds']:.1f} s |"
         )
-    note = f"\n{rows[0]['text']}; {result['environment']['device']}. `python -m benchmarks quality` prints it."
+    note = (
+        f"\n{rows[0]['text']}, {rows[0]['walk']} walk (`--sequential group`); {result['environment']['device']}. "
+        "`python -m benchmarks quality` prints it."
+    )
     return "\n".join(lines) + "\n" + note
 
 

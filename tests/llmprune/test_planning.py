@@ -24,6 +24,7 @@ def make_plan(tiny_model_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyP
 
     def run(*, free: int = 2**40, disk: int = 2**40, **overrides: Any) -> Plan:
         monkeypatch.setattr(planning, "free_bytes", lambda _device: free)
+        monkeypatch.setattr("psutil.Process.memory_info", lambda _self: SimpleNamespace(rss=2**28))
         monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=disk))
         fields = {"num_samples": 8, "seq_len": 32, "calibration": str(text_file), "eval": str(text_file)} | overrides
         return llmprune.plan(tiny_model_dir, **fields)
@@ -65,7 +66,7 @@ def test_more_of_anything_needs_more(make_plan: Callable[..., Plan]) -> None:
 
 def test_what_cannot_fit_is_refused_with_the_flag_that_helps(make_plan: Callable[..., Plan]) -> None:
     """Too little memory names fewer samples; too little disk another --out; both say how much is needed."""
-    plan = make_plan(free=-(2**30), num_samples=4096)
+    plan = make_plan(free=-(2**28), num_samples=4096)
     assert not plan.fits
     with pytest.raises(DoesNotFit, match=r"needs .* GB of CPU memory, .* are free\. Use --num-samples 1024"):
         require_fit(plan)
