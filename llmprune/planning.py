@@ -143,7 +143,7 @@ class _Planner:
         config, vocab = self.config, self.text_config.vocab_size
         base = psutil.Process().memory_info().rss
         resident = on_gpu and self.weights * 1.3 <= free_bytes(self.device)
-        window_tokens = windows_per_batch(self.seq_len, vocab) * self.seq_len
+        window_tokens = min(windows_per_batch(self.seq_len, vocab) * self.seq_len, self.evaluation_tokens)
         dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
         tokens = config.num_samples * self.seq_len
         hidden = tokens * self.text_config.hidden_size * self.itemsize
@@ -152,7 +152,7 @@ class _Planner:
         comparing = memory.logits_bytes(num_tokens=window_tokens, vocab_size=vocab, with_teacher=True)
         activations = self._activations(window_tokens)
         pruning = (
-            hidden * (2 if batch_size >= config.num_samples else 1)
+            hidden * (3 if batch_size >= config.num_samples else 2)  # the last one is the journal's copy on its way to disk
             + self._activations(batch_size * self.seq_len)
             + memory.solve_bytes(self.sites, self.need)
         )
