@@ -152,7 +152,8 @@ class _Planner:
         comparing = memory.logits_bytes(num_tokens=window_tokens, vocab_size=vocab, with_teacher=True)
         activations = self._activations(window_tokens)
         pruning = (
-            hidden * (3 if batch_size >= config.num_samples else 2)  # the last one is the journal's copy on its way to disk
+            # One batch is held as input, output and the journal's copy on its way to disk; small ones hardly at all.
+            hidden * (3 if batch_size >= config.num_samples else 1)
             + self._activations(batch_size * self.seq_len)
             + memory.solve_bytes(self.sites, self.need)
         )

@@ -6,7 +6,7 @@
     WORK/block-00000/             one record per pruned block, in order:
         record.json               report, RNG state, sha256 of the other files
         weights.safetensors       the block's state dict
-        hidden.safetensors        the next block's inputs (only the newest record keeps them)
+        hidden-00000.safetensors  the next block's inputs, a file a batch (only the newest record keeps them)
 
 A record is written to a temporary directory, synced, and renamed: it is whole or it is not there.
 """
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,7 @@ from llmprune.report import BlockReport
 
 _RUN = "run.json"
 _LOCK = "lock"
-_HIDDEN = "hidden.safetensors"
+_HIDDEN = "hidden-*.safetensors"
 _WEIGHTS = "weights.safetensors"
 
 
@@ -103,11 +104,14 @@ class Journal:
 
     def write_block(self, index: int, report: BlockReport, weights: Mapping[str, Tensor], hidden: list[Tensor]) -> None:
         """Record a pruned block; then the previous record's hidden states are not needed any more."""
-        files = {_WEIGHTS: dict(weights), _HIDDEN: _numbered(hidden)}
+        # A file a batch: writing one holds a second copy of it.
+        files = {_HIDDEN.replace("*", f"{batch:05d}"): {"hidden": tensor} for batch, tensor in enumerate(hidden)}
+        files[_WEIGHTS] = dict(weights)
         rng = torch.get_rng_state().numpy().tobytes().hex()
         self.write(self._block(index).name, {"report": report.model_dump(), "rng": rng}, files)
         if index:
-            (self._block(index - 1) / _HIDDEN).unlink(missing_ok=True)
+            for file in self._block(index - 1).glob(_HIDDEN):
+                file.unlink(missing_ok=True)
 
     def read_block(self, index: int) -> tuple[BlockReport, dict[str, Tensor]]:
         """Report and state dict of a recorded block."""
@@ -116,9 +120,11 @@ class Journal:
 
     def read_hidden(self, index: int) -> list[Tensor]:
         """The inputs of block ``index + 1``; also puts the RNG back where it was."""
-        data = self.read(self._block(index).name, [_HIDDEN])
+        name = self._block(index).name
+        files = sorted(file for file in self.read(name, [])["sha256"] if fnmatchcase(file, _HIDDEN))
+        data = self.read(name, files)
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(data["rng"]), dtype=torch.uint8))
-        return _in_order(load_file(self._block(index) / _HIDDEN))
+        return [load_file(self.directory / name / file)["hidden"] for file in files]
 
     def write(self, name: str, data: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Record ``data`` and safetensors ``files`` under ``name``: whole or not at all."""
@@ -228,11 +234,3 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
-    return {f"{number:06d}": tensor for number, tensor in enumerate(tensors)}
-
-
-def _in_order(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [tensors[key] for key in sorted(tensors)]

@@ -283,7 +283,7 @@ def flip(file: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "block-00000/weights.safetensors", "block-00001/hidden.safetensors", "block-00001/record.json", "run.json",
+        "block-00000/weights.safetensors", "block-00001/hidden-00000.safetensors", "block-00001/record.json", "run.json",
         "dense/hidden.safetensors", "dense/record.json",
     ],
 )  # fmt: skip
@@ -376,7 +376,7 @@ def test_journal_counts_whole_records_and_keeps_the_newest_inputs(open_journal: 
     for index in range(3):
         record(open_journal, index)
     assert open_journal.num_blocks() == 3
-    hidden = sorted(file.parent.name for file in open_journal.directory.rglob("hidden.safetensors"))
+    hidden = sorted(file.parent.name for file in open_journal.directory.rglob("hidden-00000.safetensors"))
     assert hidden == ["block-00002"]
     shutil.rmtree(open_journal.directory / "block-00001")
     assert open_journal.num_blocks() == 1
@@ -401,7 +401,7 @@ def test_a_write_stopped_between_files_is_no_record(
         with pytest.raises(KeyboardInterrupt):
             record(open_journal, 1)
     assert open_journal.num_blocks() == 1 and not open_journal.has("block-00001")
-    assert (open_journal.directory / "block-00000" / "hidden.safetensors").is_file()
+    assert (open_journal.directory / "block-00000" / "hidden-00000.safetensors").is_file()
     assert list(open_journal.directory.glob(".tmp-*"))
     open_journal.close()
     again = Journal(open_journal.directory)
