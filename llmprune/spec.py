@@ -134,7 +134,8 @@ class PruneConfig(BaseModel):
         None, description="Tokens per calibration sequence and evaluation window. Default: the model's maximum, at most 2048."
     )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Calibration sequences per forward. Default: all at once where memory allows (one-pass walk)."
+        None,
+        description="Calibration sequences per forward. Default: with 'group' all at once where memory allows, else small batches.",
     )
     eval: Names | None = Field(
         None, description="Evaluation texts, same names as calibration. Default: stdlib for the bundled model, else wikitext2."
