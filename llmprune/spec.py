@@ -135,7 +135,7 @@ class PruneConfig(BaseModel):
     )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         None,
-        description="Calibration sequences per forward. Default: with 'group' all at once where memory allows, else small batches.",
+        description="Calibration sequences per forward. Default: for 'group' all at once where memory allows, else few.",
     )
     eval: Names | None = Field(
         None, description="Evaluation texts, same names as calibration. Default: stdlib for the bundled model, else wikitext2."
