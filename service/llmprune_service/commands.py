@@ -1,0 +1,36 @@
+"""A job as the command line that does it: what the worker runs, and what a page shows to reproduce it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmprune.spec import PruneConfig
+
+_FETCHED = ("model", "revision", "calibration", "eval")
+
+
+def arguments(config: PruneConfig) -> list[str]:
+    """MODEL and the options of ``llmprune prune`` for the fields that were set."""
+    return _arguments(config.model_dump(mode="json", exclude_unset=True), config.model)
+
+
+def fetch_arguments(config: PruneConfig) -> list[str]:
+    """MODEL and the options of ``llmprune fetch``: what decides what is downloaded."""
+    return _arguments(config.model_dump(mode="json", exclude_unset=True, include=set(_FETCHED)), config.model)
+
+
+def _arguments(fields: dict[str, Any], model: str) -> list[str]:
+    options = [model]
+    for name, value in fields.items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "model" or value is None:
+            continue
+        if value is False:
+            options.append(option.replace("--", "--no-", 1))
+        elif value is True:
+            options.append(option)
+        elif isinstance(value, list):
+            options += [f"{option}={item}" for item in value] or (["--no-eval"] if name == "eval" else [])
+        elif not (name == "sparsity" and ":" in fields.get("pattern", "")):  # the pattern fixes it
+            options.append(f"{option}={value}")
+    return options
