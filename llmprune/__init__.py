@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune._version import __version__
 from llmprune.errors import LlmpruneError, UserError
-from llmprune.report import Evaluation, Inspection, Plan, Report
+from llmprune.report import Evaluation, Fetched, Inspection, Plan, Report
 from llmprune.spec import PruneConfig
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, inspect, plan, prune, prune_iter
+    from llmprune.api import evaluate, fetch, inspect, plan, prune, prune_iter
 
-_LAZY = ("evaluate", "inspect", "plan", "prune", "prune_iter")
+_LAZY = ("evaluate", "fetch", "inspect", "plan", "prune", "prune_iter")
 
 __all__ = [
-    "Evaluation", "Inspection", "LlmpruneError", "Plan", "PruneConfig", "Report", "UserError", "__version__",
-    "evaluate", "inspect", "plan", "prune", "prune_iter",
+    "Evaluation", "Fetched", "Inspection", "LlmpruneError", "Plan", "PruneConfig", "Report", "UserError", "__version__",
+    "evaluate", "fetch", "inspect", "plan", "prune", "prune_iter",
 ]  # fmt: skip
 
 

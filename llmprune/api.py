@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.evaluation import evaluate as evaluate
 from llmprune.events import Event, Finished
+from llmprune.fetching import fetch as fetch
 from llmprune.inspection import inspect as inspect
 from llmprune.job import Job
 from llmprune.planning import plan as plan
@@ -37,7 +38,7 @@ def prune(
         config: the job; ``overrides`` are fields of PruneConfig by name and take precedence.
         out: directory for the checkpoint; None writes nothing.
         tokenizer: needed for a model in memory.
-        resume: go on with the journal an unfinished run left beside ``out``.
+        resume: go on with the journal an unfinished run left beside ``out``; what is finished already is returned.
 
     Raises:
         LlmpruneError: any of the tree in :mod:`llmprune.errors`; UserError is the caller's to mend.

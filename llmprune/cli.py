@@ -10,7 +10,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -21,10 +23,10 @@ from rich.console import Console
 from llmprune._version import __version__
 from llmprune.console import ProgressView, print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
-from llmprune.events import Evaluated, Event, Finished
+from llmprune.events import Downloaded, Evaluated, Event, Failed, Finished
 from llmprune.methods import METHODS
 from llmprune.spec import BUNDLED_MODEL, PruneConfig
-from llmprune.tables import print_evaluation, print_inspection, print_methods, print_plan
+from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
 
 app = typer.Typer(
     name="llmprune",
@@ -97,19 +99,21 @@ def prune(
     seed: Seed = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out, if any.")] = False,
     events: EventsFile = None,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL, measure what it cost, and write checkpoint and report to --out."""
     fields = _fields(locals())
     _check_streams(events, as_json)
-    if out is None:
-        raise ConfigError("--out DIR is missing: where should the checkpoint go?")
-    with _heavy_imports():
-        from llmprune.api import prune_iter
-    run = prune_iter(config=PruneConfig.build(None, **fields), out=out, resume=resume)
-    last = _follow(run, events, interrupted="Interrupted. Finished blocks are kept: go on with --resume.")
+    with _event_sink(events) as sink:
+        if out is None:
+            raise ConfigError("--out DIR is missing: where should the checkpoint go?")
+        config = PruneConfig.build(None, **fields)
+        with _heavy_imports():
+            from llmprune.api import prune_iter
+        run = prune_iter(config=config, out=out, resume=resume)
+        last = _follow(run, sink, interrupted="Interrupted. Finished blocks are kept: go on with --resume.")
     assert isinstance(last, Finished)
     if as_json:
         _print_json(last.report)
@@ -141,12 +145,36 @@ def evaluate(
     """Measure the perplexity of MODEL, and with --against its divergence from another."""
     fields = _fields(locals())
     _check_streams(events, as_json)
-    with _heavy_imports():
-        from llmprune.evaluation import evaluate_iter
-    last = _follow(evaluate_iter(against=against, **fields), events)
+    with _event_sink(events) as sink:
+        with _heavy_imports():
+            from llmprune.evaluation import evaluate_iter
+        last = _follow(evaluate_iter(against=against, **fields), sink)
     assert isinstance(last, Evaluated)
     if events != "-":
         _show(last.evaluation, as_json, print_evaluation)
+
+
+@app.command(epilog="Example: llmprune fetch HuggingFaceTB/SmolLM2-135M --calibration c4")
+def fetch(
+    model: Model = BUNDLED_MODEL,
+    calibration: Calibration = None,
+    eval: Eval = None,
+    no_eval: NoEval = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = None,
+    events: EventsFile = None,
+    as_json: Json = False,
+) -> None:
+    """Download what pruning MODEL needs, so that the same job then runs offline; loads no weights."""
+    fields = _fields(locals())
+    _check_streams(events, as_json)
+    with _event_sink(events) as sink:
+        with _heavy_imports():
+            from llmprune.fetching import fetch_iter
+        last = _follow(fetch_iter(**fields), sink)
+    assert isinstance(last, Downloaded)
+    if events != "-":
+        _show(last.fetched, as_json, print_fetched)
 
 
 @app.command(epilog="Example: llmprune plan meta-llama/Llama-3.1-8B --method sparsegpt --pattern 2:4")
@@ -220,12 +248,26 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run the command line; every error of ours is one line on stderr."""
+    """Run the command line, with the commands of installed packages; every error of ours is one line on stderr."""
     try:
-        app()
+        with_plugins()()
     except LlmpruneError as error:
-        _errors.print(f"Error: {printable(' '.join(str(error).split()))}", style="red", markup=False)
+        _errors.print(f"Error: {printable(_message(error))}", style="red", markup=False)
         sys.exit(error.exit_code)
+
+
+def with_plugins() -> typer.Typer:
+    """The commands of this module and those that installed packages add: entry points of the group ``llmprune.commands``.
+
+    Each is a callable that takes the typer app. One that cannot be imported is left out, as its package's extra is not
+    installed.
+    """
+    whole = copy(app)
+    whole.registered_commands, whole.registered_groups = list(app.registered_commands), list(app.registered_groups)
+    for plugin in entry_points(group="llmprune.commands"):
+        with suppress(ImportError):
+            plugin.load()(whole)
+    return whole
 
 
 def _fields(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -246,18 +288,14 @@ def _check_streams(events: str | None, as_json: bool) -> None:
         raise ConfigError("--json and --events - both want stdout; write the events to a file: --events events.jsonl.")
 
 
-def _follow(run: Iterator[Event], events: str | None, interrupted: str = "Interrupted.") -> Event | None:
+def _follow(run: Iterator[Event], sink: IO[str] | None, interrupted: str = "Interrupted.") -> Event | None:
     """Draw the events as they come, write them where asked, and return the last."""
     last = None
-    with ExitStack() as stack:
-        sink = _open_sink(events, stack)
-        view = stack.enter_context(ProgressView())
+    with ProgressView() as view:
         try:
             for event in run:
                 view.handle(event)
-                if sink:
-                    sink.write(event.model_dump_json() + "\n")
-                    sink.flush()
+                _write(event, sink)
                 last = event
         except KeyboardInterrupt:
             view.console.print(interrupted, markup=False)
@@ -265,11 +303,45 @@ def _follow(run: Iterator[Event], events: str | None, interrupted: str = "Interr
     return last
 
 
-def _open_sink(events: str | None, stack: ExitStack) -> IO[str] | None:
+@contextmanager
+def _event_sink(events: str | None) -> Iterator[IO[str] | None]:
+    """Where ``--events`` wants them, or None; an error that ends the block is written there as its last line."""
+    sink = _open_sink(events)
+    try:
+        yield sink
+    except typer.Exit:
+        raise
+    except Exception as error:
+        with suppress(OSError):  # a full disk or a reader that is gone must not hide the error
+            _write(_failure(error), sink)
+        raise
+    finally:
+        if sink and sink is not sys.stdout:
+            with suppress(OSError):  # every line was flushed: only one that did not get through is left
+                sink.close()
+
+
+def _failure(error: Exception) -> Failed:
+    if isinstance(error, LlmpruneError):
+        return Failed(error=type(error).__name__, message=_message(error), exit_code=error.exit_code)
+    return Failed(error="InternalError", message=type(error).__name__, exit_code=1)
+
+
+def _message(error: LlmpruneError) -> str:
+    return " ".join(str(error).split())
+
+
+def _write(event: Event, sink: IO[str] | None) -> None:
+    if sink:
+        sink.write(event.model_dump_json() + "\n")
+        sink.flush()
+
+
+def _open_sink(events: str | None) -> IO[str] | None:
     if events is None or events == "-":
         return sys.stdout if events else None
     try:
-        return stack.enter_context(Path(events).open("a", encoding="utf-8"))
+        return Path(events).open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--events {events} cannot be written ({error.strerror}); choose another file.") from None
 

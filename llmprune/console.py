@@ -39,6 +39,7 @@ from llmprune.io.render import (
 from llmprune.report import Latency, Report, Speed
 
 LABELS: dict[Stage, str] = {
+    "fetch": "Downloading",
     "load": "Loading model",
     "calibration": "Calibration text",
     "dense": "Measuring dense model",

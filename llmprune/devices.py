@@ -18,16 +18,18 @@ import psutil
 import torch
 import transformers
 from accelerate.utils import get_max_memory
+from safetensors import SafetensorError
 from torch import nn
 
 from llmprune._version import __version__
-from llmprune.errors import ConfigError
+from llmprune.errors import ConfigError, OutOfMemory, one_line
 from llmprune.report import Environment
 
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "_alloc_failed")
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,6 +57,28 @@ def free_bytes(device: torch.device) -> int:
     memory = get_max_memory()
     index = device.index if device.index is not None else torch.accelerator.current_device_index()
     return int(memory.get(index, memory.get(device.type, 0)))
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn 'out of memory' from any layer, the device's or the machine's, into OutOfMemory."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"memory ran out ({one_line(error)}). Use a smaller --batch-size or --seq-len; "
+            "`llmprune plan` says what a job needs."
+        ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's own error, the accelerator's, or what the CPU's allocator and mmap raise."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError, SafetensorError)) and any(sign in said for sign in _OUT_OF_MEMORY)
 
 
 def device_name(device: torch.device) -> str:

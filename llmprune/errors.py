@@ -18,12 +18,18 @@
         ├── OutputError           the output directory is in the way, or is the input
         ├── DiskFull              no space left for the work directory or the checkpoint
         ├── DoesNotFit            the plan needs more memory or disk than there is
+        ├── OutOfMemory           a job under way asked the device or the machine for more memory than it has
         └── ResumeRefused         the work directory belongs to another run; names the field
 
 A message says what is wrong, what is allowed, and the remedy, in one line.
 """
 
 from __future__ import annotations
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line of at most 300 characters, without the final full stop; its type where it has none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(" .")
 
 
 class LlmpruneError(Exception):
@@ -100,6 +106,10 @@ class DiskFull(UserError):
 
 class DoesNotFit(UserError):
     """The job needs more memory or disk than there is."""
+
+
+class OutOfMemory(UserError):
+    """Memory of the device or of the machine ran out while the job was under way."""
 
 
 class ResumeRefused(UserError):

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from llmprune.report import BlockReport, Evaluation, Report, SiteReport
+from llmprune.report import BlockReport, Evaluation, Fetched, Report, SiteReport
 
-Stage = Literal["load", "calibration", "dense", "prune", "pruned", "save"]
+Stage = Literal["fetch", "load", "calibration", "dense", "prune", "pruned", "save"]
 
 
 class _Event(BaseModel):
@@ -66,12 +66,16 @@ class SitePruned(_Event):
 
 
 class BlockFinished(_Event):
-    """A decoder block is pruned and its outputs, the next block's inputs, are there."""
+    """A decoder block is pruned and its outputs, the next block's inputs, are there.
+
+    ``sha256`` is the digest of the weights file the journal keeps of it, None without a journal.
+    """
 
     event: Literal["block_finished"] = "block_finished"
     block: int
     num_blocks: int
     report: BlockReport
+    sha256: str | None = None
 
 
 class Warned(_Event):
@@ -88,6 +92,25 @@ class Evaluated(_Event):
     evaluation: Evaluation
 
 
+class Downloaded(_Event):
+    """All that a job needs from the network is on this machine."""
+
+    event: Literal["downloaded"] = "downloaded"
+    fetched: Fetched
+
+
+class Failed(_Event):
+    """The run ended by an error, whose class and one-line message this is; the last line ``--events`` writes.
+
+    What is not an error of :mod:`llmprune.errors` is an ``InternalError`` with the type alone as its message.
+    """
+
+    event: Literal["failed"] = "failed"
+    error: str
+    message: str
+    exit_code: int
+
+
 class Finished(_Event):
     """The job is done; carries the report."""
 
@@ -96,9 +119,10 @@ class Finished(_Event):
 
 
 Event = Annotated[
-    StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Finished,
+    StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Downloaded
+    | Failed | Finished,
     Field(discriminator="event"),
-]
+]  # fmt: skip
 _adapter: TypeAdapter[Event] = TypeAdapter(Event)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ from llmprune import memory
 from llmprune._version import __version__
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.anatomy.sites import check_pattern, select
-from llmprune.devices import PeakMemory, device_name, environment, free_bytes, module_device, pick_device
+from llmprune.devices import PeakMemory, device_name, environment, free_bytes, memory_errors, module_device, pick_device
 from llmprune.engines.layerwise import Walk, fallback_messages
-from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, UnsupportedModel
+from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, StageFinished, StageStarted, Warned
 from llmprune.io import checkpoint
-from llmprune.io.journal import Journal
-from llmprune.io.models import Source, load_model, load_tokenizer, local_directory, resolve
+from llmprune.io.journal import Journal, difference
+from llmprune.io.models import Source, known_revision, load_model, load_tokenizer, local_directory, resolve
 from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import DENSE_NOTE, measure_speed
@@ -62,10 +63,13 @@ class Job:
     resumed: bool = False
 
     def run(self) -> Iterator[Event]:
-        """Do the job; the last event is Finished."""
+        """Do the job; the last event is Finished, and the only one where a resumed job turns out to be done."""
+        if report := self._already_done():
+            yield Finished(report=report)
+            return
         self._check()
         try:
-            with checkpoint.disk_errors(self.out or Path.cwd()):
+            with checkpoint.disk_errors(self.out or Path.cwd()), memory_errors():
                 yield from self._load()
                 yield from self._calibrate()
                 self._open_journal()
@@ -80,6 +84,29 @@ class Job:
         finally:
             if self.journal:
                 self.journal.close()
+
+    def _already_done(self) -> Report | None:
+        """The report of this very run, if it was killed after its checkpoint took its place: then what it left goes.
+
+        Raises OutputError where the checkpoint is another run's.
+        """
+        if self.out is None or not self.resume:
+            return None
+        manifest = checkpoint.read_manifest(self.out)
+        if manifest is None:
+            return None
+        before, report = manifest
+        config = {key: value for key, value in before.items() if key.startswith("config.")}
+        other = difference(config, _config_fields(self.config))
+        if not other and (revision := known_revision(self.config)):
+            other = difference({"revision": before["revision"]}, {"revision": revision})
+        if other:
+            raise OutputError(f"{self.out} holds the checkpoint of a run with {other}; choose another --out or delete it.")
+        journal = self._journal_of(self.out)
+        if journal.directory.exists():
+            journal.open(before, resume=True)
+        journal.remove()
+        return report
 
     def _check(self) -> None:
         """Everything that can be refused before a byte is read."""
@@ -163,7 +190,7 @@ class Job:
             "seq_len": self.seq_len,
             "llmprune": __version__,
             "torch": torch.__version__,
-            **{f"config.{name}": value for name, value in self.config.model_dump(mode="json").items()},
+            **_config_fields(self.config),
         }
         self.journal = self._journal_of(self.out)
         self.resumed = self.resume and self.journal.exists
@@ -226,8 +253,9 @@ class Job:
                 if isinstance(event, BlockFinished):
                     self.blocks.append(event.report)
                     if self.journal:
-                        block = self.stack.blocks[event.block]
-                        self.journal.write_block(event.block, event.report, dict(block.named_parameters()), walk.hidden)
+                        weights = dict(self.stack.blocks[event.block].named_parameters())
+                        digest = self.journal.write_block(event.block, event.report, weights, walk.hidden)
+                        event = event.model_copy(update={"sha256": digest})
                 if isinstance(event, Warned):
                     self.warnings.append(event.message)
                 yield event
@@ -370,6 +398,10 @@ class Job:
 
     def _clock(self, stage: Stage) -> _Clock:
         return _Clock(stage, self.stages)
+
+
+def _config_fields(config: PruneConfig) -> dict[str, Any]:
+    return {f"config.{name}": value for name, value in config.model_dump(mode="json").items()}
 
 
 class _Clock:

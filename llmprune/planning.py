@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import get_safetensors_metadata, hf_hub_download
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import memory
@@ -234,17 +234,10 @@ class _Planner:
         """config.json's directory, and the headers: of local files, or of the hub's by range requests."""
         path = local_directory(self.config.model)
         if path is not None:
-            check_files(path, self.config)
-            counts: dict[str, int] = {}
-            for file in path.glob("*.safetensors"):
-                with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118  (a safe_open handle is no dict)
-                        part = opened.get_slice(key)
-                        numel = 1
-                        for size in part.get_shape():
-                            numel *= size
-                        counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + numel
-            return path, _Headers(0, _main_dtype(counts), 0)
+            numels: Counter[str] = Counter()
+            for tensor in check_files(path, self.config):
+                numels[tensor.dtype] += tensor.numel
+            return path, _Headers(0, _main_dtype(numels), 0)
         with hub_errors(self.config):
             found = get_safetensors_metadata(self.config.model, revision=self.config.revision)
             config_file = hf_hub_download(self.config.model, "config.json", revision=self.config.revision)

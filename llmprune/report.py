@@ -167,6 +167,15 @@ class Evaluation(_Part):
     latency: Latency | None = None
 
 
+class Fetched(_Part):
+    """What ``llmprune fetch`` brought to this machine: the model as a job will name it, and the texts, calibration first."""
+
+    model: str
+    revision: str
+    weights_bytes: int
+    texts: tuple[str, ...]
+
+
 class SiteInfo(_Part):
     """One prunable matrix as ``llmprune inspect`` shows it; sites of one ``input_group`` read the same tensor."""
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from llmprune.console import printable
 from llmprune.io.render import NOTHING, count, duration, number, percent, rate, size, small
 from llmprune.methods import Method
-from llmprune.report import Evaluation, Inspection, Plan, SiteInfo
+from llmprune.report import Evaluation, Fetched, Inspection, Plan, SiteInfo
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -67,6 +67,15 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for speed in evaluation.latency.pruned if evaluation.latency else ():
         what = f"{speed.num_tokens} tokens, batch {speed.batch_size}"
         console.print(f"{speed.phase}: {rate(speed.tokens_per_second)} tokens/s ({what})")
+
+
+def print_fetched(fetched: Fetched, console: Console) -> None:
+    """What lies ready, and where the next job may run."""
+    facts = _facts(f"Fetched {printable(fetched.model)}")
+    facts.add_row("Revision", printable(fetched.revision))
+    facts.add_row("Weights", size(fetched.weights_bytes))
+    facts.add_row("Texts", printable(", ".join(fetched.texts)) or "none")
+    console.print(facts)
 
 
 def print_methods(methods: Iterable[Method], console: Console) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.errors import DiskFull, OutputError
@@ -27,6 +28,15 @@ _COPIED_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    schema_version: int
+    fingerprint: dict[str, Any]
+    sha256: dict[str, str]
+    report: Report
 
 
 def check_output(out: Path, source: Path | None) -> None:
@@ -81,7 +91,8 @@ def save_weights(
     """Write weights, config and tokenizer to ``folder``; what pruning does not change is copied from ``source`` byte for byte.
 
     Args:
-        code: also copy the modelling code the source ships (it was loaded with remote code allowed).
+        code: also copy the modelling code the source ships (it was loaded with remote code allowed); without, what was
+            loaded is transformers' own class, and the checkpoint does not refer to code it does not hold.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -94,8 +105,18 @@ def save_weights(
             for file in source.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
+        if not code:
+            _drop_code(folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _drop_code(folder: Path) -> None:
+    """Take ``auto_map``, which names files of code, out of the two configs that transformers reads it from."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if content.pop("auto_map", None):
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def finish(folder: Path, out: Path, report: Report, fingerprint: Mapping[str, Any], license: str | None) -> None:
@@ -104,19 +125,23 @@ def finish(folder: Path, out: Path, report: Report, fingerprint: Mapping[str, An
     (folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
     (folder / "report.html").write_text(render_html(report), encoding="utf-8")
     digests = {file.name: sync_and_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}
-    manifest = {
-        "schema_version": report.schema_version,
-        "fingerprint": dict(fingerprint),
-        "sha256": digests,
-        "report": report.model_dump(mode="json"),
-    }
-    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    manifest = _Manifest(schema_version=report.schema_version, fingerprint=dict(fingerprint), sha256=digests, report=report)
+    write_durably(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     sync_directory(folder)
     if out.exists():
         out.rmdir()  # an empty directory, or OSError
     out.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(out)
     sync_directory(out.parent)
+
+
+def read_manifest(out: Path) -> tuple[dict[str, Any], Report] | None:
+    """Fingerprint and report of the finished checkpoint at ``out``; None without one that a journal's run wrote."""
+    try:
+        manifest = _Manifest.model_validate_json((out / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return (manifest.fingerprint, manifest.report) if "revision" in manifest.fingerprint else None
 
 
 def weights_bytes(folder: Path) -> int:

@@ -91,7 +91,8 @@ class Journal:
         """Delete the work directory: the run is finished. Killed midway, it leaves no half of a journal under its name."""
         removed = self.directory.with_name(f".{self.directory.name}.removed")
         shutil.rmtree(removed, ignore_errors=True)
-        self.directory.rename(removed)
+        if self.directory.exists():
+            self.directory.rename(removed)
         self.close()
         shutil.rmtree(removed, ignore_errors=True)
 
@@ -102,16 +103,20 @@ class Journal:
             count += 1
         return count
 
-    def write_block(self, index: int, report: BlockReport, weights: Mapping[str, Tensor], hidden: list[Tensor]) -> None:
-        """Record a pruned block; then the previous record's hidden states are not needed any more."""
+    def write_block(self, index: int, report: BlockReport, weights: Mapping[str, Tensor], hidden: list[Tensor]) -> str:
+        """Record a pruned block and return the sha256 of its weights file.
+
+        The previous record's hidden states are not needed any more then.
+        """
         # A file a batch: writing one holds a second copy of it.
         files = {_HIDDEN.replace("*", f"{batch:05d}"): {"hidden": tensor} for batch, tensor in enumerate(hidden)}
         files[_WEIGHTS] = dict(weights)
         rng = torch.get_rng_state().numpy().tobytes().hex()
-        self.write(self._block(index).name, {"report": report.model_dump(), "rng": rng}, files)
+        digests = self.write(self._block(index).name, {"report": report.model_dump(), "rng": rng}, files)
         if index:
             for file in self._block(index - 1).glob(_HIDDEN):
                 file.unlink(missing_ok=True)
+        return digests[_WEIGHTS]
 
     def read_block(self, index: int) -> tuple[BlockReport, dict[str, Tensor]]:
         """Report and state dict of a recorded block."""
@@ -126,8 +131,8 @@ class Journal:
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(data["rng"]), dtype=torch.uint8))
         return [load_file(self.directory / name / file)["hidden"] for file in files]
 
-    def write(self, name: str, data: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Record ``data`` and safetensors ``files`` under ``name``: whole or not at all."""
+    def write(self, name: str, data: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+        """Record ``data`` and safetensors ``files`` under ``name``, whole or not at all; returns the files' sha256."""
         temporary = self.directory / f".tmp-{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -139,6 +144,7 @@ class Journal:
         sync_directory(temporary)
         temporary.rename(self.directory / name)
         sync_directory(self.directory)
+        return digests
 
     def read(self, name: str, files: list[str]) -> dict[str, Any]:
         """The data of a record whose ``files`` match their digests; raises JournalError where they do not."""
@@ -195,12 +201,18 @@ class Journal:
         return JournalError(f"{file} is damaged or missing; delete {self.directory} and start again.")
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                raise ResumeRefused(
-                    f"{self.directory} belongs to a run with {key} = {before.get(key)!r}, not {now.get(key)!r}. Resume with "
-                    "the same settings, or delete it to start again."
-                )
+        if other := difference(before, now):
+            raise ResumeRefused(
+                f"{self.directory} belongs to a run with {other}. Resume with the same settings, or delete it to start again."
+            )
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first field in which two runs differ, as ``field = this, not that``; None where there is none."""
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            return f"{key} = {before.get(key)!r}, not {now.get(key)!r}"
+    return None
 
 
 def write_durably(file: Path, content: bytes) -> None:

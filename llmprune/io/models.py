@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HFValidationError,
@@ -25,11 +25,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llmprune.devices import is_out_of_memory
 from llmprune.errors import (
     CorruptCheckpoint,
     DiskFull,
@@ -38,14 +40,34 @@ from llmprune.errors import (
     ModelNotFound,
     UnsafeModel,
     UnsupportedModel,
+    one_line,
 )
-from llmprune.spec import BUNDLED_MODEL, PruneConfig
+from llmprune.io.headers import TensorHeader, read_header
+from llmprune.spec import BUNDLED_MODEL, PruneConfig, describe
 
 BUNDLED_PATH = Path(__file__).parent.parent / "demo_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*"]
 _READ_IT = "Read it, then allow it with --trust-remote-code."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+
+class _Facts(BaseModel):
+    """What of config.json is judged here; the rest is for transformers to read."""
+
+    model_type: str = ""
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class _Index(BaseModel):
+    """Which file each tensor of a sharded checkpoint is in."""
+
+    weight_map: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -77,8 +99,19 @@ def resolve(config: PruneConfig) -> Source:
     path = local or _download(config)
     check_files(path, config)
     load_config(path, config)  # refused before the weights are hashed and the tokenizer is tried
-    revision = _commit_of(path) if local is None else _sha256_of(sorted(path.glob("*.safetensors")))
-    return Source(config.model, path, revision)
+    return Source(config.model, path, _commit_of(path) if local is None else _sha256_of(path))
+
+
+def known_revision(config: PruneConfig) -> str | None:
+    """The revision :func:`resolve` would give, as far as this machine knows it without the network; None where it does not.
+
+    Raises ModelNotFound for what can be neither a directory nor a hub ID.
+    """
+    path = local_directory(config.model)
+    if path is not None:
+        return _sha256_of(path)
+    cached = try_to_load_from_cache(config.model, "config.json", revision=config.revision)
+    return _commit_of(Path(cached).parent) if isinstance(cached, str) else None
 
 
 def local_directory(name: str) -> Path | None:
@@ -93,29 +126,27 @@ def local_directory(name: str) -> Path | None:
     return None
 
 
-def check_files(path: Path, config: PruneConfig) -> None:
-    """Refuse a directory that cannot be loaded, or only by executing code from it; headers are read, weights are not."""
+def check_files(path: Path, config: PruneConfig) -> list[TensorHeader]:
+    """Refuse a directory that cannot be loaded, or only by executing code from it; returns the headers of its tensors.
+
+    Headers are read, weights are not.
+    """
     if not (path / "config.json").is_file():
         raise ModelNotFound(f"{config.model!r} has no config.json: it is not a Hugging Face model directory.")
-    _read_json(path / "config.json", config)
+    _described(_Facts, path / "config.json", config)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         refuse_pickles(config.model, [file.name for file in path.iterdir()])
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise CorruptCheckpoint(
-                f"{file.name} of {config.model!r} is truncated or not safetensors ({_one_line(error)}). Download it again."
-            ) from None
+    headers = [tensor for file in files for tensor in read_header(file, config.model).values()]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted(set(_read_json(index, config).get("weight_map", {}).values()) - {file.name for file in files})
+        shards = _described(_Index, index, config).weight_map.values()
+        missing = sorted(set(shards) - {file.name for file in files})
         if missing:
             raise CorruptCheckpoint(
                 f"{config.model!r} lacks {len(missing)} weight shards, e.g. {missing[0]}. Download it again."
             )
+    return headers
 
 
 def refuse_pickles(name: str, files: list[str]) -> None:
@@ -132,38 +163,47 @@ def refuse_pickles(name: str, files: list[str]) -> None:
 def load_config(path: Path, config: PruneConfig) -> Any:
     """The transformers config of a model directory, checked to be a causal decoder.
 
+    A model that ships code of its own for a model_type transformers knows is loaded by transformers' class, unless remote
+    code is allowed.
+
     Raises:
         UnsafeModel: it needs remote code and that is not allowed.
         UnsupportedModel: not a causal language model, or a model_type transformers does not know.
     """
-    raw = _read_json(path / "config.json", config)
-    model_type = raw.get("model_type", "")
-    remote = "AutoModelForCausalLM" in raw.get("auto_map", {})
-    if model_type not in CONFIG_MAPPING and not config.trust_remote_code:
-        if "auto_map" in raw:
-            raise UnsafeModel(f"{config.model!r} ships its own modelling code. {_READ_IT}")
-        raise UnsupportedModel(
-            f"transformers does not know model_type {model_type!r} of {config.model!r}. Update transformers."
-        )
-    architectures = raw.get("architectures") or []
-    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
-    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (not architectures or known.intersection(architectures))
-    if not causal and not (remote and config.trust_remote_code):
-        raise UnsupportedModel(
-            f"{config.model!r} is {architectures or [model_type]}, not a causal language model; llmprune prunes decoders that "
-            "AutoModelForCausalLM loads."
-        )
-    if quantization := raw.get("quantization_config"):
-        how = quantization.get("quant_method", "quantization_config in its config.json")
-        raise UnsupportedModel(
-            f"{config.model!r} is quantized ({how}); llmprune prunes 16- and 32-bit weights. Give the original."
-        )
+    _judge(_described(_Facts, path / "config.json", config), config)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except ImportError as error:
-        raise UnsupportedModel(f"the code of {config.model!r} does not load here: {_one_line(error)}") from None
+        raise UnsupportedModel(f"the code of {config.model!r} does not load here: {one_line(error)}") from None
     except (StrictDataclassError, OSError, TypeError, ValueError) as error:
-        raise CorruptCheckpoint(f"config.json of {config.model!r} describes no model ({_one_line(error)}). Mend it.") from None
+        raise CorruptCheckpoint(f"config.json of {config.model!r} describes no model ({one_line(error)}). Mend it.") from None
+
+
+def _judge(facts: _Facts, config: PruneConfig) -> None:
+    """Refuse a model that is no causal decoder, is quantized, or needs code that may not be run."""
+    auto_map, architectures = facts.auto_map or {}, facts.architectures or []
+    remote = "AutoModelForCausalLM" in auto_map
+    native = facts.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not config.trust_remote_code:
+        if (auto_map and facts.model_type not in CONFIG_MAPPING) or (remote and not native):
+            raise UnsafeModel(f"{config.model!r} ships its own modelling code. {_READ_IT}")
+        if facts.model_type not in CONFIG_MAPPING:
+            raise UnsupportedModel(
+                f"transformers does not know model_type {facts.model_type!r} of {config.model!r}. Update transformers."
+            )
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(names)}
+    # Shipped code may call its class as it likes: then that it is for AutoModelForCausalLM says enough.
+    causal = native and (not architectures or remote or known.intersection(architectures))
+    if not causal and not (remote and config.trust_remote_code):
+        raise UnsupportedModel(
+            f"{config.model!r} is {architectures or [facts.model_type]}, not a causal language model; llmprune prunes "
+            "decoders that AutoModelForCausalLM loads."
+        )
+    if facts.quantization_config:
+        how = facts.quantization_config.get("quant_method", "quantization_config in its config.json")
+        raise UnsupportedModel(
+            f"{config.model!r} is quantized ({how}); llmprune prunes 16- and 32-bit weights. Give the original."
+        )
 
 
 def load_model(source: Source, config: PruneConfig, device: torch.device) -> PreTrainedModel:
@@ -180,8 +220,10 @@ def load_model(source: Source, config: PruneConfig, device: torch.device) -> Pre
             trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except SafetensorError as error:
+        if is_out_of_memory(error):
+            raise
         raise CorruptCheckpoint(
-            f"the weights of {source.name!r} cannot be read ({_one_line(error)}). Download them again."
+            f"the weights of {source.name!r} cannot be read ({one_line(error)}). Download them again."
         ) from None
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"], key=str)
@@ -202,10 +244,12 @@ def load_tokenizer(path: Path, config: PruneConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer; raises ModelNotFound where there is none."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a dozen unrelated types, and of tokenizers Exception itself
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise UnsafeModel(f"{config.model!r} ships its own tokenizer code. {_READ_IT}") from None
-        raise ModelNotFound(f"{config.model!r} has no tokenizer that loads ({_one_line(error)}). Save one with it.") from None
+        raise ModelNotFound(f"{config.model!r} has no tokenizer that loads ({one_line(error)}). Save one with it.") from None
 
 
 @contextmanager
@@ -225,7 +269,7 @@ def hub_errors(config: PruneConfig) -> Iterator[None]:
             f"the hub has no model {name!r} (or it is private: set HF_TOKEN), and there is no such directory."
         ) from None
     except HFValidationError as error:
-        raise ModelNotFound(f"{name!r} is not a hub ID ({_one_line(error)}).") from None
+        raise ModelNotFound(f"{name!r} is not a hub ID ({one_line(error)}).") from None
     except NotASafetensorsRepoError:
         raise UnsafeModel(f"{name!r} has no safetensors weights; pickles are refused. Convert them first.") from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, HTTPError) as error:
@@ -234,22 +278,21 @@ def hub_errors(config: PruneConfig) -> Iterator[None]:
                 f"no space left to download {name!r} to {constants.HF_HUB_CACHE}; free some or set HF_HOME."
             ) from None
         raise HubUnreachable(
-            f"{name!r} is not a local directory and the hub cannot be reached ({_one_line(error)}). "
+            f"{name!r} is not a local directory and the hub cannot be reached ({one_line(error)}). "
             "Check the network and HF_HUB_OFFLINE, or give a directory."
         ) from None
 
 
 def _download(config: PruneConfig) -> Path:
     wanted = [*_WANTED, "*.py"] if config.trust_remote_code else _WANTED
-    revision = config.revision
     with hub_errors(config):
         if not constants.HF_HUB_OFFLINE:
-            info = HfApi().model_info(config.model, revision=revision)
+            info = HfApi().model_info(config.model, revision=config.revision)
             files = [sibling.rfilename for sibling in info.siblings or []]
             if not any(file.endswith(".safetensors") for file in files):
                 refuse_pickles(config.model, files)
-            revision = info.sha
-        return Path(snapshot_download(config.model, revision=revision, allow_patterns=wanted))
+        # By the name that was asked for, not by info.sha: only then does the cache remember it, and a run offline find it.
+        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=wanted))
 
 
 def _commit_of(path: Path) -> str:
@@ -257,9 +300,10 @@ def _commit_of(path: Path) -> str:
     return path.name
 
 
-def _sha256_of(files: list[Path]) -> str:
+def _sha256_of(path: Path) -> str:
+    """Digest of a directory's weights."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(path.glob("*.safetensors")):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -270,17 +314,18 @@ def _names(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _read_json(file: Path, config: PruneConfig) -> dict[str, Any]:
+def _described(kind: type[_Kind], file: Path, config: PruneConfig) -> _Kind:
+    """What a JSON file of the model says, or CorruptCheckpoint."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(content, dict):
+            raise CorruptCheckpoint(f"{file.name} of {config.model!r} is not a JSON object. Download it again.")
+        return kind.model_validate(content)
+    except ValidationError as error:
         raise CorruptCheckpoint(
-            f"{file.name} of {config.model!r} is not JSON ({_one_line(error)}). Download it again."
+            f"{file.name} of {config.model!r} is not in order ({describe(error)[:200]}). Download it again."
         ) from None
-    if not isinstance(content, dict):
-        raise CorruptCheckpoint(f"{file.name} of {config.model!r} is not a JSON object. Download it again.")
-    return content
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(" .")
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(
+            f"{file.name} of {config.model!r} is not JSON ({one_line(error)}). Download it again."
+        ) from None

@@ -70,6 +70,13 @@ def check_source(source: str, *, evaluation: bool = False) -> None:
         raise TextError(_unknown(source))
 
 
+def fetch(source: str, *, evaluation: bool) -> None:
+    """Bring a text to this machine, so that loading it needs no network any more; nothing is tokenized. Raises TextError."""
+    check_source(source, evaluation=evaluation)
+    if source != "synthetic":
+        _load(source, evaluation=evaluation)
+
+
 def load_calibration(
     source: str, tokenizer: Tokenizer, *, num_samples: int, seq_len: int, seed: int, model: nn.Module | None = None
 ) -> TokenSet:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import TextError
+from llmprune.errors import TextError, one_line
 
 TEXT_COLUMNS = ("text", "content")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -109,8 +109,3 @@ def _read_parquet(path: Path) -> list[str]:
     except (pyarrow.ArrowException, OSError) as error:
         raise TextError(f"{path} is no readable Parquet: {one_line(error)}. Check that it is complete.") from error
     return [value for value in values if value is not None]
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line of at most 300 characters, without the final full stop."""
-    return " ".join(str(error).split())[:300].rstrip(" .")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import TextError
-from llmprune.io.text_files import one_line, pick_column
+from llmprune.errors import TextError, one_line
+from llmprune.io.text_files import pick_column
 
 MAX_DOWNLOAD_BYTES = 20 * 10**9
 EVALUATION_SPLITS = ("test", "validation", "train")

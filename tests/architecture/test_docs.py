@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from llmprune import errors
+from llmprune import errors, events
 from llmprune.cli import app
 from llmprune.io.text import NAMES
 from llmprune.methods import METHODS
@@ -18,6 +19,13 @@ GUIDE = (ROOT / "docs" / "guide.md").read_text()
 README = (ROOT / "README.md").read_text()
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 ERRORS = [name for name, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, errors.LlmpruneError)]
+
+
+EVENTS = [
+    value.model_fields["event"].default
+    for _, value in inspect.getmembers(events, inspect.isclass)
+    if value.__module__ == events.__name__ and "event" in value.model_fields
+]
 
 
 @pytest.mark.parametrize("field", PruneConfig.model_fields)
@@ -33,9 +41,9 @@ def test_every_field_describes_itself(field: str) -> None:
     assert PruneConfig.model_fields[field].description
 
 
-@pytest.mark.parametrize("name", [*METHODS, *NAMES, *ERRORS])
+@pytest.mark.parametrize("name", [*METHODS, *NAMES, *ERRORS, *EVENTS, *get_args(events.Stage)])
 def test_every_name_is_in_the_guide(name: str) -> None:
-    """Methods, texts and errors."""
+    """Methods, texts, errors, events and stages."""
     assert f"`{name}`" in GUIDE or f"`llmprune.{name}`" in GUIDE
 
 
@@ -45,6 +53,13 @@ def test_every_command_is_in_the_readme(command: str) -> None:
     assert f"llmprune {command}" in README
     callback = next(c.callback for c in app.registered_commands if c.callback and c.callback.__name__ == command)
     assert callback.__doc__
+
+
+def test_every_event_can_be_parsed() -> None:
+    """The union that parse_event reads has all of them."""
+    union = get_args(events.Event)[0]
+    assert sorted(kind.model_fields["event"].default for kind in get_args(union)) == sorted(EVENTS)
+    assert len(EVENTS) > 10
 
 
 def test_every_error_is_drawn_in_the_tree() -> None:

@@ -150,7 +150,7 @@ INFO = {"id": "a/b", "sha": "0" * 40, "siblings": FILES}
         {"/api/models/a/b": (401, "GatedRepo")},
         {
             "/api/models/a/b": (200, INFO),
-            f"/revision/{'0' * 40}": (200, INFO),
+            "/revision/main": (200, INFO),
             f"/tree/{'0' * 40}": (200, TREE),
             "config.json": (403, "GatedRepo"),
             "model.safetensors": (403, "GatedRepo"),
@@ -261,10 +261,10 @@ def test_remote_code_works_when_allowed(own_code_dir: Path, tmp_path: Path, text
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda data: data[:-1000], "not fully covered"),
-        (lambda data: data[:100], "header"),
-        (lambda data: b"", "header too small"),
-        (lambda data: b"<html>404</html>" * 99, "header"),
+        (lambda data: data[:-1000], "bytes of tensors are described"),
+        (lambda data: data[:100], "in a file of 100"),
+        (lambda data: b"", "no header in 0 bytes"),
+        (lambda data: b"<html>404</html>" * 99, "a header of "),
     ],
     ids=["truncated", "cut in the header", "empty", "a web page"],
 )
@@ -308,6 +308,24 @@ def test_broken_json(refused: Refused, model_dir: Path, name: str, content: str)
     """A cut-off config or index."""
     (model_dir / name).write_text(content)
     assert f"{name} of '{model_dir}' is not" in refused(errors.CorruptCheckpoint, model_dir)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": ["llama"]}, {"auto_map": 5}, {"architectures": {}}, {"quantization_config": "gptq"}], ids=str
+)
+def test_config_of_wrong_types(refused: Refused, model_dir: Path, changes: dict[str, Any]) -> None:
+    """JSON, but not what transformers writes: names the field."""
+    change_json(model_dir / "config.json", **changes)
+    message = refused(errors.CorruptCheckpoint, model_dir)
+    assert message.startswith("config.json of ") and f"is not in order ({next(iter(changes))}: " in message
+
+
+@pytest.mark.parametrize("weight_map", [[], {"lm_head.weight": 1}, {"lm_head.weight": "../model.safetensors"}], ids=str)
+def test_index_of_wrong_types(refused: Refused, model_dir: Path, weight_map: Any) -> None:
+    """An index that maps no names to files, or to one outside the directory."""
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    message = refused(errors.CorruptCheckpoint, model_dir)
+    assert "is not in order (weight_map" in message or "e.g. ../model.safetensors" in message
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": "sixty-four"}, {"num_attention_heads": 5}], ids=str)

@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import llmprune
 import tiny
@@ -23,7 +25,7 @@ from llmprune.report import Evaluation, Inspection, Plan, Report
 from llmprune.spec import PruneConfig
 
 Cli = Callable[..., Any]
-COMMANDS = ("evaluate", "inspect", "methods", "plan", "prune")
+COMMANDS = ("evaluate", "fetch", "inspect", "methods", "plan", "prune")
 QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -51,7 +53,7 @@ def python(*arguments: object, **environment: str) -> subprocess.CompletedProces
 
 
 def test_commands_are_the_documented_ones() -> None:
-    """Five commands, no more."""
+    """Six commands, no more."""
     assert tuple(command_line.known_commands()) == COMMANDS
 
 
@@ -303,10 +305,64 @@ def test_a_process_of_its_own_keeps_streams_and_codes(tiny_model_dir: Path, tmp_
     done = python("-W", "error", "-m", "llmprune", "inspect", tiny_model_dir, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert Inspection.model_validate_json(done.stdout).stack == "model.layers"
-    failed = python("-m", "llmprune", "prune", tiny_model_dir, "--events", tmp_path / "events.jsonl")
+    failed = python("-m", "llmprune", "prune", tiny_model_dir)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("Error: ")
     assert not list(tmp_path.iterdir())
+
+
+def a_command(app: typer.Typer) -> None:
+    """What an installed package's entry point names."""
+
+    @app.command()
+    def hello(name: str = "you") -> None:
+        """Greet."""
+        typer.echo(f"hello {name}")
+
+    app.add_typer(typer.Typer(help="Many commands."), name="many")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install a package without code that registers these entry points, by name."""
+
+    def install(**points: str) -> None:
+        folder = tmp_path / "site" / "plugins-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
+        lines = [f"{name} = {value}" for name, value in points.items()]
+        (folder / "entry_points.txt").write_text("\n".join(["[llmprune.commands]", *lines]))
+        monkeypatch.syspath_prepend(folder.parent)
+
+    return install
+
+
+def test_installed_packages_add_commands(cli: Cli, installed: Callable[..., None]) -> None:
+    """They are in the help and run, as often as main is called; a package that cannot be imported is left out."""
+    installed(broken="no_such_package_at_all:register", good=f"{__name__}:a_command", other="llmprune.no_such_module:register")
+    for _ in range(2):
+        shown = ANSI.sub("", cli("--help").out)
+        assert all(name in shown for name in ("hello", "Greet.", "many", "Many commands.", *COMMANDS))
+        assert shown.count("Greet.") == 1
+        assert cli("hello", "--name", "there") == (0, "hello there\n", "")
+    assert tuple(command_line.known_commands()) == COMMANDS
+
+
+def test_a_plugin_that_is_wrong_is_not_hidden(cli: Cli, installed: Callable[..., None]) -> None:
+    """Only a missing import is forgiven: other errors are the package's to mend."""
+    installed(wrong=f"{__name__}:COMMANDS")
+    with pytest.raises(TypeError):
+        cli("methods")
+
+
+def test_plugins_cost_the_help_nothing_worth_noticing() -> None:
+    """Looking for entry points takes less than 50 ms (best of five)."""
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        command_line.with_plugins()
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 0.05
 
 
 _IMPORT = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -23,10 +25,20 @@ from safetensors.torch import load_file, save_file
 import llmprune
 import tiny
 from llmprune.errors import JournalError, OutputError, ResumeRefused
-from llmprune.events import BlockFinished, BlockStarted, Event, Progress, SitePruned, StageFinished, StageStarted, parse_event
+from llmprune.events import (
+    BlockFinished,
+    BlockStarted,
+    Event,
+    Finished,
+    Progress,
+    SitePruned,
+    StageFinished,
+    StageStarted,
+    parse_event,
+)
 from llmprune.io import journal as journal_module
 from llmprune.io.journal import Journal
-from llmprune.report import BlockReport
+from llmprune.report import BlockReport, Report
 
 NUM_BLOCKS = 4
 OWN_FILES = {"report.json", "report.html", "llmprune.json"}
@@ -322,21 +334,122 @@ def test_a_second_process_is_refused(model_dir: Path, texts: dict[str, Any], tmp
         with pytest.raises(OutputError, match="another process works in"):
             llmprune.prune(model_dir, method="wanda", out=tmp_path / "out", resume=resume, **texts)
     code, seen = run(arguments(model_dir, texts, tmp_path / "out", "wanda"))
-    assert (code, seen) == (2, [])
+    assert code == 2 and [event.event for event in seen] == ["failed"]
     finished = list(events)
     assert finished[-1].event == "finished" and (tmp_path / "out").is_dir()
 
 
-def test_a_finished_output_is_not_touched_again(model_dir: Path, texts: dict[str, Any], tmp_path: Path) -> None:
-    """Killed between the rename and the end of the journal: the checkpoint is there and stays."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            llmprune.prune(model_dir, out=tmp_path / "out", **texts)
-    before = content(tmp_path / "out")
+@pytest.fixture
+def done(begun: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same job stopped between the rename of its checkpoint and the end of its journal."""
+    events = llmprune.prune_iter(out=tmp_path / "out", resume=True, **begun)
+    for event in events:
+        if isinstance(event, StageFinished) and event.stage == "save":
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert (tmp_path / "out" / "llmprune.json").is_file() and Journal(tmp_path / "out.work").num_blocks() == NUM_BLOCKS
+    return begun
+
+
+def everything(out: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of every file of a checkpoint."""
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
+
+
+@pytest.mark.parametrize("left", ["journal", "half a journal", "nothing"])
+def test_a_finished_run_is_resumed_by_its_report(done: dict[str, Any], tmp_path: Path, left: str) -> None:
+    """Nothing is done again: one event with the report that lies there, and what the run left beside it goes."""
+    if left == "half a journal":  # killed while it was removed
+        (tmp_path / "out.work").rename(tmp_path / ".out.work.removed")
+    elif left == "nothing":
+        shutil.rmtree(tmp_path / "out.work")
+    before = everything(tmp_path / "out")
+    (event,) = llmprune.prune_iter(out=tmp_path / "out", resume=True, **done)
+    assert isinstance(event, Finished)
+    assert event.report == Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
+    assert everything(tmp_path / "out") == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["calibration.txt", "model", "out"]
+    assert llmprune.prune(out=tmp_path / "out", resume=True, **done) == event.report
+
+
+def test_a_process_killed_after_the_rename_ends_with_code_0(
+    model_dir: Path, texts: dict[str, Any], whole: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Wherever the kill falls in the last moments of a run, its next start ends it."""
+    argv = arguments(model_dir, texts, tmp_path / "out", "wanda")
+    run(argv, at(StageFinished, stage="save"))
+    code, events = run(argv)
+    assert code == 0 and isinstance(events[-1], Finished)
+    assert content(tmp_path / "out") == whole["wanda"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "out"]
+    assert run(argv) == (0, [events[-1]])
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("config.sparsity = 0.5, not 0.6", {"sparsity": 0.6}),
+        ("config.skip = [], not ['*.down_proj']", {"skip": "*.down_proj"}),
+        ("config.method = 'wanda', not 'magnitude'", {"method": "magnitude", "sparsity": 0.6}),
+    ],
+)
+def test_a_finished_run_of_another_config_is_refused(
+    done: dict[str, Any], tmp_path: Path, field: str, changes: dict[str, Any]
+) -> None:
+    """Names what differs, the way out, and touches neither checkpoint nor journal."""
+    before = everything(tmp_path / "out")
+    with pytest.raises(OutputError) as caught:
+        llmprune.prune(out=tmp_path / "out", resume=True, **{**done, **changes})
+    message = f"out holds the checkpoint of a run with {field}; choose another --out or delete it."
+    assert str(caught.value).endswith(message)
+    assert everything(tmp_path / "out") == before
+    assert Journal(tmp_path / "out.work").num_blocks() == NUM_BLOCKS
+
+
+def test_a_finished_run_of_other_weights_is_refused(done: dict[str, Any], tmp_path: Path) -> None:
+    """The model was trained further under its name: its old result is not the answer."""
+    file = Path(done["model"]) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(OutputError, match="out holds the checkpoint of a run with revision = "):
+        llmprune.prune(out=tmp_path / "out", resume=True, **done)
+
+
+def test_a_finished_run_is_in_the_way_of_one_that_is_not_resumed(done: dict[str, Any], tmp_path: Path) -> None:
+    """Without --resume, and where what lies there is no checkpoint of a resumable run, nothing is overwritten."""
+    before = everything(tmp_path / "out")
     with pytest.raises(OutputError, match="already exists and is not empty"):
-        llmprune.prune(model_dir, out=tmp_path / "out", resume=True, **texts)
-    assert content(tmp_path / "out") == before
+        llmprune.prune(out=tmp_path / "out", **done)
+    assert everything(tmp_path / "out") == before
+    manifest = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    for broken in ("", "[]", json.dumps({**manifest, "fingerprint": {}}), json.dumps({**manifest, "report": {}})):
+        (tmp_path / "out" / "llmprune.json").write_text(broken)
+        with pytest.raises(OutputError, match="already exists and is not empty"):
+            llmprune.prune(out=tmp_path / "out", resume=True, **done)
+
+
+def test_a_finished_run_leaves_a_journal_that_is_in_use(done: dict[str, Any], tmp_path: Path) -> None:
+    """Whoever still holds the lock is not robbed of its work directory."""
+    holder = Journal(tmp_path / "out.work")
+    holder.open(holder.recorded(), resume=True)
+    with pytest.raises(OutputError, match="another process works in"):
+        llmprune.prune(out=tmp_path / "out", resume=True, **done)
+    holder.close()
+    assert llmprune.prune(out=tmp_path / "out", resume=True, **done).resumed
+
+
+def test_every_finished_block_names_its_file(model_dir: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    """sha256 is that of the weights in the journal, there when the event comes; without a journal there is none."""
+    digests = []
+    for event in llmprune.prune_iter(model_dir, out=tmp_path / "out", **texts):
+        if isinstance(event, BlockFinished):
+            file = tmp_path / "out.work" / f"block-{event.block:05d}" / "weights.safetensors"
+            assert event.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+            digests.append(event.sha256)
+    assert len(set(digests)) == NUM_BLOCKS
+    events = [event for event in llmprune.prune_iter(model_dir, **texts) if isinstance(event, BlockFinished)]
+    assert [event.sha256 for event in events] == [None] * NUM_BLOCKS
 
 
 @pytest.fixture
