@@ -1,28 +1,63 @@
-"""Write requirements.lock: the exact versions of this environment, without local build tags.
+"""Write the locks: the exact versions of this environment, without local build tags.
 
-The lock is for `make`; anyone who installs llmprune into an environment of their own gets the ranges of pyproject.toml.
+requirements.lock is all of it, for `make`; requirements-worker.lock and requirements-web.lock are what the two container
+images run, so without tests and linters, and the web one without torch. Anyone who installs llmprune into an environment
+of their own gets the ranges of pyproject.toml.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import re
+from collections.abc import Collection
 from pathlib import Path
 
-ROOTS = ("llmprune", "pip", "setuptools", "wheel")
-EXTRA = ("setuptools",)  # builds the editable install, without a build environment of its own
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+UNLOCKED = {"llmprune", "pip", "wheel"}
+BUILD = "setuptools"  # builds llmprune itself, without a build environment of its own
+IMAGE = Requirement("llmprune[service,telemetry]")
+COMPUTE = ("accelerate", "datasets", "pyarrow", "safetensors", "torch", "transformers")  # nothing the web process imports
 
 
 def main() -> None:
-    pins = {}
-    for distribution in importlib.metadata.distributions():
-        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
-        if name not in ROOTS or name in EXTRA:
-            pins[name] = distribution.version.split("+")[0]
-    lines = [f"{name}=={version}" for name, version in sorted(pins.items())]
-    header = "# Made by `make lock`. torch is installed first, in the build that suits the machine (scripts/setup.sh).\n"
-    Path("requirements.lock").write_text(header + "\n".join(lines) + "\n")
-    print(f"{len(lines)} packages locked")
+    installed = {canonicalize_name(found.metadata["Name"]) for found in importlib.metadata.distributions()}
+    _write("requirements.lock", installed - UNLOCKED)
+    _write("requirements-worker.lock", _closure(IMAGE) - UNLOCKED)
+    _write("requirements-web.lock", _closure(IMAGE, without=COMPUTE) - UNLOCKED)
+
+
+def _closure(root: Requirement, without: Collection[str] = ()) -> set[str]:
+    """What the root needs on this machine, directly or not, itself included; nothing in `without` is followed."""
+    missing = root.extras - set(importlib.metadata.metadata(root.name).get_all("Provides-Extra", []))
+    if missing:
+        raise SystemExit(f"{root.name} has no extra {', '.join(missing)} here: install it again, then lock.")
+    seen: set[Requirement] = set()
+    pending = [root]
+    while pending:
+        requirement = pending.pop()
+        if requirement not in seen and canonicalize_name(requirement.name) not in without:
+            seen.add(requirement)
+            pending += _requirements(requirement)
+    return {canonicalize_name(requirement.name) for requirement in seen}
+
+
+def _requirements(requirement: Requirement) -> list[Requirement]:
+    """What one distribution needs for the extras asked of it."""
+    try:
+        lines = importlib.metadata.requires(requirement.name) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(f"{requirement.name} is required and not installed: pip install '{requirement}', then lock.") from None
+    needed = [Requirement(line) for line in lines]
+    extras = ("", *requirement.extras)
+    return [need for need in needed if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in extras)]
+
+
+def _write(file: str, names: Collection[str]) -> None:
+    pins = [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in sorted({*names, BUILD})]
+    torch = " torch is installed first, in the build that suits the machine (scripts/setup.sh)." if "torch" in names else ""
+    Path(file).write_text(f"# Made by `make lock`.{torch}\n" + "\n".join(pins) + "\n")
+    print(f"{file}: {len(pins)} packages")
 
 
 if __name__ == "__main__":
