@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
@@ -146,6 +147,8 @@ class ChildJob:
     def _begin(self, event: StageStarted) -> None:
         if not self.fetch:
             self.execution.enter(_PHASES.get(event.stage, "prune"))
+        if event.stage == "prune" and event.resumed_at:
+            self._file_earlier(event.resumed_at, event.total)
         self._began = self.execution.job.updated_at
         self._resumed_at = event.resumed_at
         self._progress(event.stage, event.resumed_at, event.total, "", always=True)
@@ -164,16 +167,26 @@ class ChildJob:
     _resumed_at = 0
 
     def _block(self, event: BlockFinished) -> None:
-        report = event.report
-        facts = {
-            "block": event.block, "name": report.name, "sparsity": report.sparsity, "error": _mean_error(report),
-            "seconds": report.seconds,
-        }  # fmt: skip
+        # First the row, which a worker that lost the job is refused; then the store, which would take it.
+        self._file(event.report, event.num_blocks, event.sha256)
         if not self.store.is_local:
             self._push(event.block)
-        self.execution.add_block({**facts, "sha256": event.sha256})
-        self.execution.say("job.block", {**facts, "num_blocks": event.num_blocks})
-        self._progress("prune", event.block + 1, event.num_blocks, report.name)
+        self._progress("prune", event.block + 1, event.num_blocks, event.report.name)
+
+    def _file(self, report: BlockReport, num_blocks: int, sha256: str | None) -> None:
+        facts = {
+            "block": report.index, "name": report.name, "sparsity": report.sparsity, "error": _mean_error(report),
+            "seconds": report.seconds, "sha256": sha256,
+        }  # fmt: skip
+        self.execution.add_block(facts, num_blocks)
+
+    def _file_earlier(self, num_recorded: int, num_blocks: int) -> None:
+        """What an earlier attempt's child recorded while its worker could not file it any more."""
+        filed = self.execution.filed_blocks()
+        for block in range(num_recorded):
+            if block not in filed:
+                record = json.loads((self.folder / "checkpoint.work" / f"block-{block:05d}" / "record.json").read_text())
+                self._file(BlockReport.model_validate(record["report"]), num_blocks, record["sha256"]["weights.safetensors"])
 
     def _push(self, block: int) -> None:
         """Copy what the journal has new to the shared store, so that another host can go on from here."""

@@ -90,14 +90,14 @@ class Queue:
         """Runs a worker holds, dead or alive."""
         return [_run(status) for status in self._list(JOBS, "PENDING")]
 
-    def waiting_for_others(self, version: str) -> list[Run]:
-        """Runs that wait or are held under another version of the contract than this one."""
-        versions = self._client.list_application_versions()
-        others = [item["version_name"] for item in versions if item["version_name"] != version]
-        if not others:
+    def left_behind(self, version: str) -> list[Run]:
+        """Runs that wait under an older version of the contract than this one; what is executing may still end there."""
+        versions = [item["version_name"] for item in self._client.list_application_versions()]
+        older = [name for name in versions if name.isdigit() and int(name) < int(version)]
+        if not older:
             return []
         found = self._client.list_workflows(
-            queue_name=JOBS, status=list(_ACTIVE), app_version=others, load_input=False, load_output=False
+            queue_name=JOBS, status=["ENQUEUED", "DELAYED"], app_version=older, load_input=False, load_output=False
         )
         return [_run(status) for status in found]
 

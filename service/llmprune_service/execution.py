@@ -143,18 +143,26 @@ class Execution:
         self.say("job.cancelled", {}, status="cancelled", finished_at=self._jobs.now, claim=None, worker=None)
         self.flush()
 
-    def add_block(self, block: Mapping[str, Any]) -> None:
-        """File a finished block; one that is done again replaces its row."""
+    def filed_blocks(self) -> set[int]:
+        """Blocks that have a row."""
+        return {row.block for row in patiently(lambda: self._jobs.blocks(None, self.job.id))}
+
+    def add_block(self, block: Mapping[str, Any], num_blocks: int) -> None:
+        """File a finished block together with its event; one that is done again replaces its row. Raises Lost."""
         table = tables.blocks
+        event = {name: value for name, value in block.items() if name != "sha256"} | {"num_blocks": num_blocks}
+        events, values = [*self._pending, ("job.block", event)], self._values
+        self._pending, self._values = [], {}
 
-        def write() -> None:
+        def write() -> Row:
             with self._jobs.engine.begin() as connection:
-                where = (table.c.job_id == self.job.id, table.c.block == block["block"])
-                connection.execute(sa.delete(table).where(*where))
-                values = {**block, "job_id": self.job.id, "attempt": self.job.attempt, "created_at": self._jobs.now}
-                connection.execute(sa.insert(table).values(values))
+                job = self._jobs.append(connection, self.job.id, events, self._mine(), **values)
+                connection.execute(sa.delete(table).where(table.c.job_id == job.id, table.c.block == block["block"]))
+                row = {**block, "job_id": job.id, "attempt": job.attempt, "created_at": self._jobs.now}
+                connection.execute(sa.insert(table).values(row))
+            return job
 
-        patiently(write)
+        self.job = patiently(write)
 
     def _look(self) -> Row:
         with self._jobs.engine.connect() as connection:

@@ -20,7 +20,7 @@ from llmprune_service.ids import new_id
 from llmprune_service.problems import Problem, not_found
 from llmprune_service.schemas import FINISHED, PHASES, WEBHOOK_EVENTS, Error, JobPatch, JobRequest, JobView, ProgressView
 from llmprune_service.settings import Settings
-from llmprune_service.store import Store
+from llmprune_service.store import Store, remove_tree
 
 Row = sa.Row[Any]
 Events = Sequence[tuple[str, Mapping[str, Any]]]  # type and data
@@ -197,8 +197,11 @@ class Jobs:
             )
             if not deleted.rowcount:
                 raise _conflict(row, "deleted", "finished; cancel it first")
+            keys = tables.idempotency_keys
+            connection.execute(sa.delete(keys).where(keys.c.tenant == row.tenant, keys.c.job_id == job_id))
         self.queue.delete_job(job_id)
         Store(self.settings).delete(row.tenant, job_id)
+        remove_tree(self.settings.work_dir / job_id)  # on other hosts, their workers sweep
 
     def workers(self) -> Sequence[Row]:
         """All workers that have not said goodbye."""
@@ -322,12 +325,13 @@ def view(row: Row) -> JobView:
         fresh = done - row.progress["resumed_at"]
         if row.status == "running" and fresh > 0:
             eta = round((row.updated_at - row.progress["began"]) / fresh * (total - done), 1)
+    metadata = {key: str(value) for key, value in row.metadata.items()}  # the worker refuses what SQL let in besides strings
     links = {"self": f"/v1/jobs/{row.id}", "events": f"/v1/jobs/{row.id}/events", "page": f"/ui/jobs/{row.id}"}
     if row.status == "succeeded":
         links |= {"report": f"/v1/jobs/{row.id}/report", "artifacts": f"/v1/jobs/{row.id}/artifacts"}
     return JobView(
         id=row.id, status=row.status, phase=row.phase if row.phase in PHASES else None, model=row.model, revision=row.revision,
-        config=row.config, priority=row.priority, timeout_s=row.timeout_s, metadata=row.metadata, progress=progress, eta_s=eta,
+        config=row.config, priority=row.priority, timeout_s=row.timeout_s, metadata=metadata, progress=progress, eta_s=eta,
         attempt=row.attempt, recoveries=row.recoveries, worker=row.worker, result=row.result,
         error=Error(**row.error) if row.error else None, created_at=row.created_at, started_at=row.started_at,
         finished_at=row.finished_at, links=links,

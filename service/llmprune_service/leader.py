@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 
 import sqlalchemy as sa
@@ -45,8 +46,11 @@ class Leader:
 
     def tick(self) -> None:
         """Act once, if this process leads."""
+        began = time.monotonic()
         if self._lead():
             self._forget_workers()
+            if time.monotonic() - began > self._ttl / 2:
+                return  # the database kept all waiting (a locked SQLite raises nothing): let the heartbeats in first
             self._recover()
             self._renew_versions()
             self._settle()
@@ -105,6 +109,8 @@ class Leader:
         ended = {"finished_at": jobs.now, "claim": None, "worker": None}
         with jobs.engine.begin() as connection:
             row = connection.execute(sa.select(table).where(table.c.id == run.job_id, table.c.run == run.number)).first()
+            if row is not None and row.worker not in (None, run.executor):
+                return  # taken over since this tick began to look
             if row is None or row.status not in ("queued", "running", "cancelling"):
                 queue_again = False
             elif row.status == "cancelling":
@@ -136,7 +142,7 @@ class Leader:
 
     def _renew_versions(self) -> None:
         """Runs that an older release enqueued wait for workers of its contract: enqueue them anew under ours."""
-        for run in self._jobs.queue.waiting_for_others(VERSION):
+        for run in self._jobs.queue.left_behind(VERSION):
             self._enqueue_anew(run.job_id, run.number)
 
     def _settle(self) -> None:

@@ -23,8 +23,8 @@ _VISIBLE = re.compile(r"[!-~]+")
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 _IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Global by number, yet the inside of a cloud: Azure's machine agent.
-_INTERNAL = frozenset({ipaddress.ip_address("168.63.129.16")})
+# Not listed as private everywhere, yet the inside of clouds: agents of Azure and Oracle answer here.
+_INTERNAL = (ipaddress.ip_network("168.63.129.16"), ipaddress.ip_network("192.0.0.0/24"))
 # Not the event loop's own threads: it would wait for a lookup that hangs beyond the deadline.
 _RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve")
 
@@ -51,8 +51,8 @@ def check_url(url: str, settings: Settings) -> httpx2.URL:
         raise Refused("The URL must begin with https://; http is for hosts of LLMPRUNE_WEBHOOK_HOSTS alone.")
     if parsed.userinfo or "#" in url:
         raise Refused("The URL must hold neither user name, password nor fragment; deliveries are signed instead.")
-    if not _HOST.fullmatch(host):
-        raise Refused("The URL names no host; give one such as https://example.com/hook.")
+    if not _HOST.fullmatch(host) or (parsed.port is not None and not 0 < parsed.port < 2**16):
+        raise Refused("The URL names no host, or no port there is; give one such as https://example.com/hook.")
     if listed:
         return parsed
     if parsed.port not in _PORTS:
@@ -140,4 +140,4 @@ def _is_public(text: str) -> bool:
             address = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
         elif address not in _IPV6_UNICAST or address.sixtofour is not None or address.teredo is not None:
             return False  # tunnels lead anywhere, and nobody receives behind one
-    return address.is_global and not address.is_multicast and address not in _INTERNAL
+    return address.is_global and not address.is_multicast and not any(address in network for network in _INTERNAL)

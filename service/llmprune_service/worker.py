@@ -1,7 +1,7 @@
 """A worker: one light process (no torch) that claims one job at a time and runs it in child processes.
 
-It registers with the job engine, beats its heart, and ends when told to: SIGTERM or drain let the current block be
-finished, then leave the job to the next worker.
+It registers with the job engine, beats its heart, and ends when told to: a drain lets the current job be finished;
+SIGTERM the current block, and the next worker goes on with the job.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -48,7 +49,8 @@ class Worker:
         self.queue = Queue(self.engine)
         self.jobs = Jobs(self.engine, self.queue, settings)
         self.store = Store(settings)
-        self.ending = threading.Event()
+        self.ending = threading.Event()  # takes no more jobs
+        self._leaving = threading.Event()  # gives the current one away, too
         self._busy = threading.Lock()
         self._job_id: str | None = None
 
@@ -57,7 +59,7 @@ class Worker:
         global _current
         _current = self
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.ending.set())
+            signal.signal(number, lambda *_: self._end())
         self._beat()
         leader = Leader(self.jobs, self.settings, holder=self.id)
         threading.Thread(target=self._keep_beating, daemon=True).start()
@@ -72,7 +74,7 @@ class Worker:
         )
         log.info("worker ready", extra={"worker": self.id, "slot": self.slot})
         self.ending.wait()
-        with self._busy:  # the current job lets go at the end of its block
+        with self._busy:  # until the current job is over, or lets go at the end of its block
             pass
         leader.stop()
         self._leave()
@@ -90,7 +92,7 @@ class Worker:
             self._job_id = job_id
             try:
                 step = functools.partial(self._step, job_id, run)
-                Runner(execution, self.store, self.settings, self.devices, self.ending.is_set, step).run()
+                Runner(execution, self.store, self.settings, self.devices, self._leaving.is_set, step).run()
             except Lost:
                 log.warning("another worker has the job", extra={"job": job_id})
                 return "lost"
@@ -102,6 +104,10 @@ class Worker:
             finally:
                 self._job_id = None
             return str(execution.job.status)
+
+    def _end(self) -> None:
+        self._leaving.set()
+        self.ending.set()
 
     def _step(self, job_id: str, run: int, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A phase as a step of the engine, which remembers its end; that this worker is to end is none."""
@@ -121,15 +127,14 @@ class Worker:
         os._exit(0)
 
     def _keep_beating(self) -> None:
+        """To the very end: a worker that finishes its block is alive."""
         while True:
-            self.ending.wait(self.settings.heartbeat_ttl / 5)
+            time.sleep(self.settings.heartbeat_ttl / 5)
             try:
                 if self._beat():
                     self.ending.set()
             except DBAPIError:
                 log.warning("no heartbeat: the database is away")
-            if self.ending.is_set():
-                threading.Event().wait(self.settings.heartbeat_ttl / 5)
 
     def _beat(self) -> bool:
         """Say that this worker lives; returns whether it is to be drained."""

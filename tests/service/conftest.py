@@ -1,0 +1,100 @@
+"""Fixtures of the service's tests: databases, and a fleet of workers whose jobs are light."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+import light_child
+from fleet import Fleet
+from llmprune_service.database import migrate
+from postgres_server import Postgres, find_binaries
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A PostgreSQL of the tests' own."""
+    if find_binaries() is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    server = Postgres(durable=True)  # some tests crash it, and look what is left
+    yield server
+    server.destroy()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A new SQLite database with the schema."""
+    url = f"sqlite:///{tmp_path / 'llmprune.db'}"
+    migrate(url)
+    return url
+
+
+@pytest.fixture
+def postgres_url(postgres_server: Postgres) -> str:
+    """A new PostgreSQL database with the schema."""
+    url = postgres_server.create(f"test_{uuid.uuid4().hex}")
+    migrate(url)
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A new database with the schema, of each kind."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+def database_away(database_url: str, request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """Take the database away for as long as a block lasts: PostgreSQL crashes, SQLite is locked by another process."""
+
+    @contextmanager
+    def sqlite() -> Iterator[None]:
+        connection = sqlite3.connect(database_url.removeprefix("sqlite:///"), isolation_level=None, timeout=30)
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+        connection.rollback()
+        connection.close()
+
+    @contextmanager
+    def postgres() -> Iterator[None]:
+        server: Postgres = request.getfixturevalue("postgres_server")
+        server.stop("immediate")
+        yield
+        server.start()
+
+    return sqlite if database_url.startswith("sqlite") else postgres
+
+
+@pytest.fixture(scope="session")
+def light_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands in for the Python of the jobs: a second of theirs costs next to nothing."""
+    script = tmp_path_factory.mktemp("python") / "python"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{light_child.__file__}" "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def make_fleet(tmp_path: Path, database_url: str, light_python: Path) -> Iterator[Callable[..., Fleet]]:
+    """Hosts of a service on each kind of database, by name; further arguments are settings."""
+    with ExitStack() as stack:
+
+        def make(name: str = "host", **environment: object) -> Fleet:
+            fleet = Fleet(tmp_path / name, database_url, **{"job_python": light_python, **environment})
+            stack.callback(fleet.close)
+            return fleet
+
+        yield make
+
+
+@pytest.fixture
+def fleet(make_fleet: Callable[..., Fleet]) -> Fleet:
+    """The one host most tests need, without workers yet."""
+    return make_fleet()
