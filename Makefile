@@ -1,9 +1,11 @@
 # The verbs of this project. Each one is complete: it makes .venv and installs what it needs.
 #
-#   make run                prune the bundled demo model; MODEL=, METHOD=, SPARSITY=, PATTERN=, DTYPE=, OUT= change the job
+#   make run                start the service, prune the bundled demo model through it, leave it up (ONCE=1: end after the job);
+#                           MODEL=, METHOD=, SPARSITY=, PATTERN=, DTYPE=, OUT=, ARGS= change the job
 #   make test               the whole suite, offline
 #   make lint               ruff, mypy
-#   make bench              speed, memory and quality; writes the table of the README
+#   make bench              speed, memory and quality; writes the tables of the README
+#   make bench-service      the service under load, under random kills, and with a 3 GiB download
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -18,14 +20,20 @@ PATTERN ?= unstructured
 # Half precision is emulated on most CPUs, many times slower than fp32.
 DTYPE ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,float32)
 OUT ?= runs/$(notdir $(MODEL))-$(METHOD)-$(if $(filter unstructured,$(PATTERN)),$(SPARSITY),$(subst :,-,$(PATTERN)))
+ONCE ?=
 ARGS ?=
 
-.PHONY: run test lint format bench bench-quick lock clean
+.PHONY: run test lint format bench bench-service lock clean
+
+# Data of the service that `make run` starts; a local model is allowed to be named by its jobs.
+export LLMPRUNE_DATA_DIR ?= $(CURDIR)/runs/service
+LOCAL := $(if $(wildcard $(MODEL)/config.json),$(realpath $(MODEL)))
 
 run: $(READY)
-	@$(if $(filter file,$(origin OUT)),rm -rf "$(OUT)" "$(OUT).work") # a named OUT is the user's own
-	@$(BIN)/llmprune prune "$(MODEL)" --out "$(OUT)" --method $(METHOD) --pattern $(PATTERN) \
-		$(if $(filter unstructured,$(PATTERN)),--sparsity $(SPARSITY)) --dtype $(DTYPE) $(ARGS)
+	@$(if $(filter file,$(origin OUT)),rm -rf "$(OUT)") # a named OUT is the user's own
+	@$(if $(LOCAL),LLMPRUNE_MODEL_ROOTS="$(LOCAL)") $(BIN)/llmprune quickstart "$(or $(LOCAL),$(MODEL))" --out "$(OUT)" \
+		--method $(METHOD) --pattern $(PATTERN) $(if $(filter unstructured,$(PATTERN)),--sparsity $(SPARSITY)) \
+		--dtype $(DTYPE) $(if $(ONCE),--once) $(ARGS)
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -41,6 +49,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-service: $(READY)
+	$(BIN)/python -m benchmarks service $(ARGS)
 
 lock: $(READY)
 	$(BIN)/python scripts/lock.py
