@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -83,6 +83,31 @@ def check_access(model: str, revision: str, *, token: str | None, settings: Sett
         Problem: as :func:`resolve`.
     """
     return resolve(model, revision, token=token, settings=settings)
+
+
+def check_texts(sources: Iterable[str], settings: Settings) -> None:
+    """Refuse data sets that not everybody may have: who fetched one would share it with all jobs of this host.
+
+    With HF_HUB_OFFLINE=1 there is nobody to ask, and nothing but public ones in the cache.
+
+    Raises:
+        Problem: 422 gated_dataset or unknown-dataset, 503 hub-unreachable.
+    """
+    if is_offline_mode():
+        return
+    for name in sorted({source[3:].partition(":")[0] for source in sources if source.startswith("hf:")}):
+        try:
+            with _explained(name, None):
+                info = HfApi(endpoint=settings.hf_endpoint, token=False).dataset_info(name, timeout=_TIMEOUT)
+            gated = bool(info.gated or info.private)
+        except Problem as problem:
+            if problem.status != 422:
+                raise
+            detail = f"The hub shows everybody no data set {name!r}. Use a public one, or a file on this host."
+            raise _refusal("unknown-dataset", "/calibration", detail) from None
+        if gated:
+            detail = f"Data set {name!r} is gated; this service fetches public ones only. Use another, or a file on this host."
+            raise _refusal("gated_dataset", "/calibration", detail)
 
 
 def _pin(model: str, info: ModelInfo, settings: Settings) -> Resolved:

@@ -105,6 +105,7 @@ class Runner:
         def ask() -> hub.Resolved:
             token = hub_token(self.settings, job.tenant)
             try:
+                hub.check_texts((self.config.calibration_source(), *self.config.eval_sources()), self.settings)
                 if job.revision is not None:
                     return hub.check_access(job.model, job.revision, token=token, settings=self.settings)
                 return hub.resolve(self.config.model, self.config.revision, token=token, settings=self.settings)

@@ -1,4 +1,4 @@
-"""A small hub on 127.0.0.1 that huggingface_hub can talk to: models with commits and branches, gated and private ones.
+"""A small hub on 127.0.0.1 that huggingface_hub can talk to: models and data sets, with commits, gated and private ones.
 
 Where the real hub surprises, so does this one: it lists the files of a gated model to everybody and refuses them one by
 one, and to a stranger a private model is not there.
@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 _VERBS = "revision|tree|auth-check"
 _API = re.compile(
-    rf"/api/models/(?P<id>[^/]+(?:/(?!(?:{_VERBS})(?:/|$))[^/]+)?)(?:/(?P<verb>{_VERBS})(?:/(?P<revision>[^/]+))?)?"
+    rf"/api/(?:models|datasets)/(?P<id>[^/]+(?:/(?!(?:{_VERBS})(?:/|$))[^/]+)?)(?:/(?P<verb>{_VERBS})(?:/(?P<revision>[^/]+))?)?"
 )
 _FILE = re.compile(r"/(?P<id>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 

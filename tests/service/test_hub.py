@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 
 from llmprune.io import models
 from llmprune_service import hub as hub_module
-from llmprune_service.hub import Resolved, check_access, resolve
+from llmprune_service.hub import Resolved, check_access, check_texts, resolve
 from llmprune_service.problems import Problem
 from llmprune_service.settings import Settings
 from llmprune_service.tokens import hub_token, set_hub_token
@@ -162,6 +162,19 @@ def test_the_token_of_the_process_is_not_used(
     monkeypatch.setenv("HF_TOKEN", "hf_operator")
     assert refusal(settings).code == "gated_model"
     assert {request.token for request in hub.requests} == {None}
+
+
+def test_only_public_data_sets_are_fetched(hub: FakeHub, settings: Settings, directory: Path) -> None:
+    """One cache serves all tenants: what a token opened for one of them would lie there for the others."""
+    hub.add_model("acme/free", directory)
+    hub.add_model("acme/gated", directory, gated=True, token="hf_reader")
+    hub.add_model("acme/private", directory, private=True, token="hf_reader")
+    check_texts(("stdlib", "hf:acme/free::train", "/data/file.txt"), settings)
+    for name, code in (("gated", "gated_dataset"), ("private", "unknown-dataset"), ("none", "unknown-dataset")):
+        with pytest.raises(Problem) as caught:
+            check_texts((f"hf:acme/{name}:config",), settings)
+        assert (caught.value.status, caught.value.code) == (422, code)
+    assert all(request.token is None for request in hub.requests)
 
 
 def test_a_model_too_large_to_download(hub: FakeHub, settings: Settings, directory: Path) -> None:

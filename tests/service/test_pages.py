@@ -257,6 +257,15 @@ def test_submit_form_keeps_what_was_wrong(pages: Pages, fields: dict[str, str], 
     assert pages.jobs.list("default")[0] == []
 
 
+def test_form_of_many_fields_or_bytes_is_read(pages: Pages) -> None:
+    """What is not a field of ours is left alone, and what is no text does no harm."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    body = b"&".join([b"x=1"] * 1000) + b"&model=%ff%00\xff"
+    answer = pages.client.post("/ui/jobs", content=body, headers=headers)
+    assert answer.status_code == 422
+    assert "<code>model</code>" in answer.text
+
+
 def test_too_many_submissions_are_told_when(tmp_path: Path) -> None:
     """The API's limits hold for the form: 429 with Retry-After, on the page."""
     with serving(tmp_path, allowed_hosts=("testserver",), max_submissions_per_minute=1) as pages:

@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from llmprune_service.api import auth
-from llmprune_service.api.deps import JobId, JobsDep, StoreDep, UntilSent
+from llmprune_service.api.deps import FileName, JobId, JobsDep, StoreDep, UntilSent
 from llmprune_service.api.jobs import OF_JOB, matches
 from llmprune_service.api.openapi import KEYED, header, problems
 from llmprune_service.jobs import Jobs, Row
@@ -92,7 +92,7 @@ IfNoneMatch = Annotated[str | None, Header(description="ETag of what you have.")
 async def download(
     principal: auth.reader,
     job_id: JobId,
-    name: str,
+    name: FileName,
     jobs: JobsDep,
     store: StoreDep,
     until_sent: UntilSent,
@@ -123,7 +123,9 @@ async def download(
         **problems(404),
     },
 )  # fmt: skip
-async def head(principal: auth.reader, job_id: JobId, name: str, jobs: JobsDep, if_none_match: IfNoneMatch = None) -> Response:
+async def head(
+    principal: auth.reader, job_id: JobId, name: FileName, jobs: JobsDep, if_none_match: IfNoneMatch = None
+) -> Response:
     """What GET would send, without the file."""
     row, headers = await _look_up(jobs, principal, job_id, name)
     if if_none_match is not None and matches(headers["ETag"], if_none_match):

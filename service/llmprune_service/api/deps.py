@@ -43,11 +43,18 @@ async def _until_sent() -> AsyncIterator[AsyncExitStack]:
         yield stack
 
 
-def _known(job_id: str) -> str:
+def _job_id(value: str | None) -> str | None:
     """An id we did not make is not found, whatever it looks like."""
-    if not JOB_ID.fullmatch(job_id):
+    if value is not None and not JOB_ID.fullmatch(value):
         raise not_found("job")
-    return job_id
+    return value
+
+
+def _file_name(value: str) -> str:
+    """No file has a name that the database cannot even look for."""
+    if "\x00" in value:
+        raise not_found("artifact")
+    return value
 
 
 JobsDep = Annotated[Jobs, Depends(_jobs)]
@@ -59,6 +66,8 @@ FeedDep = Annotated[Feed, Depends(_feed)]
 UntilSent = Annotated[AsyncExitStack, Depends(_until_sent)]
 
 _ID_SCHEMA = {"pattern": f"^{JOB_ID.pattern}$"}
-JobId = Annotated[str, AfterValidator(_known), Path(description="Id of the job.", json_schema_extra=_ID_SCHEMA)]
+JobId = Annotated[str, AfterValidator(_job_id), Path(description="Id of the job.", json_schema_extra=_ID_SCHEMA)]
+AfterId = Annotated[str | None, AfterValidator(_job_id), Query(description="`next` of the page before.")]
+FileName = Annotated[str, AfterValidator(_file_name), Path(description="As the list of files has it.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Entries of a page.")]
 WaitSeconds = Annotated[float, Query(ge=0, le=60, description="Hold the answer for so many seconds at most.")]

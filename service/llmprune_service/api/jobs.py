@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from llmprune_service import hub, policy
 from llmprune_service.api import auth
 from llmprune_service.api.auth import Principal
-from llmprune_service.api.deps import FeedDep, JobId, JobsDep, Limit, SettingsDep, WaitSeconds
+from llmprune_service.api.deps import AfterId, FeedDep, JobId, JobsDep, Limit, SettingsDep, WaitSeconds
 from llmprune_service.api.feed import Head
 from llmprune_service.api.openapi import KEYED, header, problems
 from llmprune_service.api.views import Validation
@@ -98,6 +98,7 @@ def _place(jobs: Jobs, principal: Principal, body: JobRequest, key: str | None) 
 
 def _resolve(body: JobRequest, principal: Principal, settings: Settings) -> hub.Resolved:
     policy.check(body, settings)
+    hub.check_texts((body.calibration_source(), *body.eval_sources()), settings)
     return hub.resolve(body.model, body.revision, token=hub_token(settings, principal.tenant), settings=settings)
 
 
@@ -140,7 +141,7 @@ def list_jobs(
     request: Request,
     jobs: JobsDep,
     limit: Limit = 20,
-    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+    after: AfterId = None,
     status: Status | None = None,
     model: str | None = None,
     method: str | None = None,

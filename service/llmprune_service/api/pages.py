@@ -36,7 +36,7 @@ _EXAMPLE = {"method": "wanda", "sparsity": 0.5}
 # Swagger UI sets style attributes, and draws its icons from data: URLs.
 _DOCS_CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
-    "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 Verb = Literal["cancel", "resume", "retry", "restart", "delete"]
 
@@ -52,7 +52,7 @@ async def _form(request: Request) -> dict[str, str]:
     """The fields of a form of another page of ours that were filled in."""
     auth.check_origin(request, needed=True)
     body = (await request.body()).decode(errors="replace")
-    return {name: value.strip() for name, value in parse_qsl(body, max_num_fields=50) if value.strip()}
+    return {name: value.strip() for name, value in parse_qsl(body) if value.strip()}
 
 
 Form = Annotated[dict[str, str], Depends(_form)]
