@@ -75,8 +75,8 @@ class Translator:
         """What a view of the library's events is to draw of one event."""
         data = event.data
         match event.type:
-            case "job.running":  # another execution draws its stages anew
-                self._begun.clear()
+            case "job.running":
+                self._begun.clear()  # another execution begins its stages anew
             case "job.progress" if data["stage"] in _STAGES:
                 yield self._progress(data)
             case "job.block":
@@ -86,7 +86,9 @@ class Translator:
             case "job.log":
                 yield Warned(message=data["message"])
             case "job.retrying":
-                yield Warned(message=f"{data['message']} Trying again in {data['seconds']:g} s.")
+                self._begun.clear()
+                when = f" in {data['seconds']:g} s" if data["seconds"] else ""
+                yield Warned(message=f"{data['message']} Trying again{when}.")
             case "job.recovered":
                 yield Warned(message="Its worker was lost: another one goes on with the finished blocks.")
 

@@ -146,7 +146,7 @@ async def _not_storable(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _database_away(_: Request, error: Exception) -> JSONResponse:
-    log.warning("the database does not answer", exc_info=error)
+    log.warning("the database does not answer: %s", " ".join(str(getattr(error, "orig", error)).split()))
     detail = "The database does not answer. Try again; a submission with the same Idempotency-Key is not made twice."
     return respond(Problem(503, "database-away", detail, headers={"Retry-After": "5"}))
 
