@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.linalg import inverse_factor
 from llmprune.spec import Need
 
-_ROWS = 1024
+_ROWS = 4096  # summed by themselves first, so that rounding does not grow with T and no fp32 copy is whole
 
 
 class LinearStats:
@@ -40,8 +40,10 @@ class LinearStats:
         if self.need == Need.NOTHING:
             return
         if self.gram_II is not None:
-            x_TI = x_TI.float()
-            self.gram_II.addmm_(x_TI.T, x_TI)
+            for part_TI in x_TI.split(_ROWS):
+                part_TI = part_TI.float()
+                # Not addmm_: some BLAS then add token by token to the large total, and lose two digits on long texts.
+                self.gram_II += part_TI.T @ part_TI
             self.sq_I = self.gram_II.diagonal().clone()
         else:
             self.sq_I += _sum_of_squares(x_TI)
@@ -70,7 +72,7 @@ class LinearStats:
 
 
 def _sum_of_squares(x_TI: Tensor) -> Tensor:
-    """Column sums of squares, fp32 [I]: by parts, so that rounding does not grow with T and no fp32 copy is whole."""
+    """Column sums of squares, fp32 [I], by parts."""
     total_I = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)
     for part in x_TI.split(_ROWS):
         total_I += part.float().square().sum(0)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
-
 import light_child
+import pytest
 from fleet import Fleet
+
 from llmprune_service.database import migrate
 from postgres_server import Postgres, find_binaries
 
@@ -92,6 +92,39 @@ def make_fleet(tmp_path: Path, database_url: str, light_python: Path) -> Iterato
             return fleet
 
         yield make
+
+
+@pytest.fixture(scope="module")
+def sqlite_standing(tmp_path_factory: pytest.TempPathFactory, light_python: Path) -> Iterator[Fleet]:
+    """Two workers on SQLite that the tests of a module share: those that disturb nobody."""
+    folder = tmp_path_factory.mktemp("sqlite")
+    url = f"sqlite:///{folder / 'llmprune.db'}"
+    migrate(url)
+    yield from _stand(folder, url, light_python)
+
+
+@pytest.fixture(scope="module")
+def postgres_standing(
+    tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, light_python: Path
+) -> Iterator[Fleet]:
+    """Two workers on PostgreSQL, as above."""
+    url = postgres_server.create(f"test_{uuid.uuid4().hex}")
+    migrate(url)
+    yield from _stand(tmp_path_factory.mktemp("postgres"), url, light_python)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def standing(request: pytest.FixtureRequest) -> Fleet:
+    """Two idle workers on each kind of database, shared by the tests of a module."""
+    fleet: Fleet = request.getfixturevalue(f"{request.param}_standing")
+    return fleet
+
+
+def _stand(folder: Path, url: str, python: Path) -> Iterator[Fleet]:
+    fleet = Fleet(folder / "host", url, job_python=python)
+    fleet.start(2)
+    yield fleet
+    fleet.close()
 
 
 @pytest.fixture

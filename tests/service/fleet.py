@@ -9,18 +9,20 @@ import logging
 import multiprocessing
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+import light_child
 import pytest
 import sqlalchemy as sa
 
-import light_child
 from llmprune_service import tables
 from llmprune_service.database import make_engine
 from llmprune_service.engine import JOBS, VERSION, Queue
@@ -33,6 +35,7 @@ TTL = 2.0
 _TERMINAL = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 _PATIENCE = 40.0
 _PR_SET_PDEATHSIG = 1
+_WRITTEN = "jobs, events, blocks, workers, leases, dbos.workflow_status, dbos.operation_outputs"
 # Workers are forked from one process that has imported their modules: a second less for each of the hundred.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["llmprune_service.worker"])
@@ -163,6 +166,30 @@ class Fleet:
         found = self.jobs.events(None, job_id, limit=10_000)
         return [event for event in found if not kinds or event.type in kinds]
 
+    def freeze(self, worker: Worker) -> None:
+        """SIGSTOP, at a moment when the worker holds no lock of the database: SQLite would wait for it for ever."""
+        while True:
+            worker.signal(signal.SIGSTOP)
+            self.until(lambda: _state(worker.pid) == "T", "the worker is stopped", 5)
+            if self._is_free():
+                return
+            worker.signal(signal.SIGCONT)
+
+    def _is_free(self) -> bool:
+        """Whether nobody stays in the middle of writing."""
+        url = self.engine.url
+        try:
+            if url.database and url.drivername == "sqlite":
+                with closing(sqlite3.connect(url.database, timeout=0.3, isolation_level=None)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+            else:
+                with self.engine.begin() as transaction:
+                    transaction.execute(sa.text("SET LOCAL lock_timeout = 300"))
+                    transaction.execute(sa.text(f"LOCK TABLE {_WRITTEN} IN SHARE MODE"))
+        except (sqlite3.OperationalError, sa.exc.OperationalError):
+            return False
+        return True
+
     # What the children wrote down -----------------------------------------------------------------------------------
 
     def log(self, job_id: str, what: str | None = None, block: int | None = None) -> list[Line]:
@@ -198,14 +225,14 @@ class Fleet:
             self.check_result(job_id)
 
     def check_events(self, job_id: str, *ends: str) -> None:
-        """``seq`` without holes; the final events are ``ends`` (default: one success), and after each the job was queued anew."""
+        """``seq`` without holes; its final events are ``ends`` (default: one success), with ``job.queued`` between them."""
         events = self.events(job_id)
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         assert self.row(job_id).last_seq == len(events)
         kinds = [event.type for event in events]
         assert [kind for kind in kinds if kind in _TERMINAL] == list(ends or ["job.succeeded"]), self.describe(job_id)
         assert kinds[-1] in _TERMINAL
-        following = [after for kind, after in zip(kinds, kinds[1:], strict=False) if kind in _TERMINAL]
+        following = [after for kind, after in pairwise(kinds) if kind in _TERMINAL]
         assert following == ["job.queued"] * (len(ends or [1]) - 1)
 
     def check_result(self, job_id: str) -> None:
@@ -266,11 +293,14 @@ TABLES_OF_JOBS = (tables.jobs, tables.job_metadata, tables.events, tables.blocks
 
 def is_alive(pid: int) -> bool:
     """Whether the process runs; one that waits to be collected does not."""
+    return _state(pid) not in ("", "Z", "X")
+
+
+def _state(pid: int) -> str:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in ("Z", "X")
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def light_request(*trouble: str, num_blocks: int = 4, seconds: float = 0.05, **fields: Any) -> JobRequest:
@@ -295,7 +325,8 @@ def _work(environment: dict[str, str], log: Path, slot: int, version: str) -> No
     from llmprune_service import engine, leader
     from llmprune_service.worker import Worker as ServiceWorker
 
-    engine.VERSION = leader.VERSION = version  # as another release has it
+    for module in (engine, leader):
+        module.__dict__["VERSION"] = version  # as another release has it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     ServiceWorker(Settings(), slot=slot).run()
 

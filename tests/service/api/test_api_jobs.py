@@ -148,6 +148,13 @@ def test_prefer_wait_holds_the_answer_to_a_submission(server: Server) -> None:
     assert late.json()["status"] == "queued"
 
 
+def test_a_job_that_was_queued_is_answered_with_202_whatever_comes_after(make_server: Callable[..., Server]) -> None:
+    """Too many held answers for this key: it is not held, but not refused either."""
+    server = make_server(max_streams=0)
+    answer = server.client.post("/v1/jobs", json=JOB, headers={"Prefer": "wait=20"})
+    assert (answer.status_code, answer.json()["status"]) == (202, "queued")
+
+
 def test_cancel_resume_and_retry(service: Service) -> None:
     """Cancel is idempotent; each verb says what it needs."""
     path = f"/v1/jobs/{(job_id := service.submit())}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,50 @@ def test_traces_are_made_only_where_they_are_asked_for(monkeypatch: pytest.Monke
     assert exclude is not None
     assert [exclude({"path": path, "query_string": b""}) for path in ("/healthz", "/login", "/v1/jobs")] == [True, True, False]
     assert exclude({"path": "/v1/jobs", "query_string": b"key=prn_x"})
+
+
+TRACED = """
+import pathlib, sys
+from starlette.testclient import TestClient
+from llmprune_service.api.app import create_app
+from llmprune_service.settings import Settings
+settings = Settings(data_dir=pathlib.Path(sys.argv[1]))
+with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
+    key = settings.key_file.read_text().strip()
+    assert client.get("/v1/methods", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    client.get(f"/v1/pareto?key={key}")
+    client.get("/healthz")
+"""
+
+
+def test_requests_are_traced(make_settings: Callable[..., Settings]) -> None:
+    """Spans of requests reach the collector that OTEL_* names; keys do not."""
+    pytest.importorskip("opentelemetry.sdk")
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            received.append((self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    settings = make_settings()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}"
+        environment = {"PYTHONPATH": ":".join(sys.path), "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        command = [sys.executable, "-c", TRACED, str(settings.data_dir)]
+        subprocess.run(command, check=True, env=environment, timeout=60)
+        collector.shutdown()
+    spans = b"".join(body for path, body in received if path == "/v1/traces")
+    assert b"GET /v1/methods" in spans
+    assert b"llmprune" in spans
+    assert b"/healthz" not in spans
+    assert settings.key_file.read_bytes().strip()[-20:] not in b"".join(body for _, body in received)
 
 
 def test_the_web_process_never_imports_torch(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from fleet import TTL, Fleet, is_alive, light_request
+
 from llmprune_service.database import make_engine
 from llmprune_service.engine import Queue
 from llmprune_service.jobs import Jobs
@@ -70,7 +71,7 @@ def test_a_frozen_worker_does_no_harm_when_it_wakes(fleet: Fleet) -> None:
     job_id = fleet.submit(num_blocks=24, seconds=0.25)
     child = fleet.begun(job_id, 1)
     frozen = fleet.holder(job_id)
-    frozen.signal(signal.SIGSTOP)
+    fleet.freeze(frozen)
     fleet.until(lambda: fleet.row(job_id).attempt == 2, "a peer takes over")
     peer = fleet.row(job_id).worker
     fleet.until(lambda: [line for line in fleet.log(job_id, "done") if line.attempt == "1-2"], "the peer does a block")
@@ -117,7 +118,7 @@ def _die_submitting(settings: Settings) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    jobs.queue.enqueue = die  # type: ignore[method-assign]
+    jobs.queue.enqueue = die  # type: ignore[assignment,method-assign]
     jobs.submit("default", light_request(), idempotency_key="key")
 
 

@@ -6,8 +6,8 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
 from fleet import Fleet, light_request
+
 from llmprune_service import engine
 from llmprune_service.problems import Problem
 from llmprune_service.schemas import JobPatch
