@@ -55,6 +55,6 @@ RUN PARTS=worker VENV=/opt/llmprune bash /src/scripts/setup.sh llmprune && rm -r
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 VOLUME /data
-HEALTHCHECK --interval=30s --timeout=15s --start-period=60s --retries=3 CMD ["llmprune", "worker", "--check"]
+HEALTHCHECK --interval=60s --timeout=30s --start-period=60s --retries=3 CMD ["llmprune", "worker", "--check"]
 ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["llmprune", "worker"]

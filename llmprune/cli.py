@@ -104,7 +104,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune MODEL, measure what it cost, and write checkpoint and report to --out."""
-    fields = _fields(locals())
+    fields = config_fields(locals())
     _check_streams(events, as_json)
     with _event_sink(events) as sink:
         if out is None:
@@ -143,7 +143,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL, and with --against its divergence from another."""
-    fields = _fields(locals())
+    fields = config_fields(locals())
     _check_streams(events, as_json)
     with _event_sink(events) as sink:
         with _heavy_imports():
@@ -166,7 +166,7 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Download what pruning MODEL needs, so that the same job then runs offline; loads no weights."""
-    fields = _fields(locals())
+    fields = config_fields(locals())
     _check_streams(events, as_json)
     with _event_sink(events) as sink:
         with _heavy_imports():
@@ -201,7 +201,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what pruning MODEL would do and need, from its config and headers alone; exit 2 if it cannot fit."""
-    fields = _fields(locals())
+    fields = config_fields(locals())
     with _heavy_imports():
         from llmprune.planning import plan as make_plan
         from llmprune.planning import require_fit
@@ -218,7 +218,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show MODEL's blocks and sites, which of them share an input, and how sparse they already are."""
-    fields = _fields(locals())
+    fields = config_fields(locals())
     with _heavy_imports():
         from llmprune.inspection import inspect as look
     _show(look(**fields), as_json, print_inspection)
@@ -270,7 +270,7 @@ def with_plugins() -> typer.Typer:
     return whole
 
 
-def _fields(arguments: dict[str, Any]) -> dict[str, Any]:
+def config_fields(arguments: dict[str, Any]) -> dict[str, Any]:
     """The config fields among a command's arguments; what was not given is None and takes the default."""
     fields = {name: value for name, value in arguments.items() if name in PruneConfig.model_fields}
     for name in ("skip", "eval"):

@@ -162,7 +162,7 @@ class PruneConfig(BaseModel):
         asked = values.get("sparsity")
         try:
             contradicts = asked is not None and abs(float(asked) - pattern.sparsity) > 1e-9
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return values  # pydantic names the field
         if contradicts:
             raise ConfigError(

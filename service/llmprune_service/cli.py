@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from llmprune.cli import Json
-from llmprune.cli import _fields as config_fields
+from llmprune.cli import config_fields as config_fields
 from llmprune.errors import ConfigError
 from llmprune_service import cli_jobs
 from llmprune_service.cli_jobs import with_config_options

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from llmprune.cli import Json, prune
-from llmprune.cli import _fields as config_fields
+from llmprune.cli import config_fields as config_fields
 from llmprune.console import printable
 from llmprune.errors import ConfigError
 from llmprune.io.render import number, percent, target_percent

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from sqlalchemy import event
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 30_000
+_LOCK = 7236401
 
 
 def make_engine(url: str, *, pool_size: int = 10) -> sa.Engine:
@@ -51,14 +56,10 @@ def now(bind: sa.Engine | sa.Connection) -> sa.ColumnElement[float]:
 
 def migrate(url: str) -> None:
     """Bring both schemas up to date: the job engine's, then ours. Safe to run from several processes."""
-    if is_sqlite(url):
-        Path(sa.make_url(url).database or "").parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("dbos").setLevel(logging.WARNING)
     engine = make_engine(url, pool_size=2)
     try:
-        with engine.connect() as lock:
-            if lock.dialect.name == "postgresql":  # SQLite's writers queue up by themselves
-                lock.execute(sa.text("SELECT pg_advisory_lock(7236401)"))
-            logging.getLogger("dbos").setLevel(logging.WARNING)
+        with _alone(engine):
             DBOS.migrate(url)
             config = alembic_config(url)
             with engine.begin() as connection:
@@ -66,6 +67,23 @@ def migrate(url: str) -> None:
                 command.upgrade(config, "head")
     finally:
         engine.dispose()
+
+
+@contextmanager
+def _alone(engine: sa.Engine) -> Iterator[None]:
+    """Keep other processes from migrating meanwhile."""
+    if engine.dialect.name == "sqlite":  # one host: a file does
+        file = Path(f"{engine.url.database}.lock")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        # Not pg_advisory_lock: who waits in it holds a snapshot, and CREATE INDEX CONCURRENTLY waits for that.
+        while not connection.scalar(sa.text(f"SELECT pg_try_advisory_lock({_LOCK})")):
+            time.sleep(0.1)
+        yield
 
 
 def alembic_config(url: str) -> Config:

@@ -63,7 +63,7 @@ class Jobs:
             "webhook": request.webhook.model_dump(mode="json") if request.webhook else None,
             "bytes_reserved": bytes_reserved, "created_at": self.now, "updated_at": self.now,
         }  # fmt: skip
-        fingerprint = hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
+        fingerprint = _fingerprint(request)
         try:
             with self.engine.begin() as connection:
                 if idempotency_key is not None:  # first, so that a repeated request waits here for the one before it
@@ -77,6 +77,15 @@ class Jobs:
         except IntegrityError:
             return self._replayed(tenant, idempotency_key, fingerprint), False
         return row, True
+
+    def replay(self, tenant: str, request: JobRequest, idempotency_key: str) -> Row | None:
+        """The job this key made before, or None; raises Problem 422 if that was for another request."""
+        keys = tables.idempotency_keys
+        with self.engine.connect() as connection:
+            known = sa.select(keys.c.job_id).where(keys.c.tenant == tenant, keys.c.key == idempotency_key)
+            if connection.execute(known).first() is None:
+                return None
+        return self._replayed(tenant, idempotency_key, _fingerprint(request))
 
     def get(self, tenant: str | None, job_id: str) -> Row:
         """One job; raises Problem 404."""
@@ -180,7 +189,8 @@ class Jobs:
                 self.append(connection, job_id, [("job.queued", {"priority": patch.priority})])
             if patch.metadata is not None:
                 self._get(connection, tenant, job_id)
-                connection.execute(sa.update(tables.jobs).where(tables.jobs.c.id == job_id).values(metadata=patch.metadata))
+                changed = {"metadata": patch.metadata, "updated_at": self.now}
+                connection.execute(sa.update(tables.jobs).where(tables.jobs.c.id == job_id).values(changed))
                 connection.execute(sa.delete(tables.job_metadata).where(tables.job_metadata.c.job_id == job_id))
                 write_metadata(connection, job_id, patch.metadata)
             row = self._get(connection, tenant, job_id)
@@ -286,6 +296,7 @@ class Jobs:
                 429, "too-many-jobs", f"{count} jobs are queued or running, the limit is {self.settings.max_queued}. "
                 "Wait for some to finish, or cancel some.", headers=_RETRY_LATER,
             )  # fmt: skip
+        used = int(used)  # PostgreSQL sums up to a decimal
         if used + bytes_reserved > self.settings.tenant_quota_bytes:
             raise Problem(
                 507, "quota-exceeded", f"This job needs {bytes_reserved / 1e9:.1f} GB and {used / 1e9:.1f} GB of "
@@ -307,6 +318,10 @@ class Jobs:
 
 class Lost(Exception):
     """The job is no longer this execution's to write: another one has it, or it is gone."""
+
+
+def _fingerprint(request: JobRequest) -> str:
+    return hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
 
 
 def write_metadata(connection: sa.Connection, job_id: str, metadata: Mapping[str, str]) -> None:

@@ -59,6 +59,8 @@ class JobRequest(PruneConfig, ServiceFields):
 class JobPatch(_Model):
     """What may be changed after submission."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
     priority: Priority | None = Field(None, description="While the job is queued.")
     metadata: Metadata | None = Field(None, description="Replaces what is there.")
 

@@ -6,13 +6,17 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 
+import uvicorn
+
 from llmprune_service.database import migrate
+from llmprune_service.hardening import forbid_pickle
 from llmprune_service.processes import end, signal_group, spawn
 from llmprune_service.settings import Settings
 
@@ -24,12 +28,11 @@ _TICK = 0.2
 
 def serve(settings: Settings, *, workers: bool = True) -> None:
     """Run the API in this process and, beside it, a worker for every slot; returns when told to end."""
-    import uvicorn
-
     from llmprune_service.api.app import create_app
     from llmprune_service.telemetry import configure_logging
 
     configure_logging(settings)
+    forbid_pickle()
     prepare(settings)
     crew = Crew(settings) if workers else None
     config = uvicorn.Config(
@@ -39,10 +42,19 @@ def serve(settings: Settings, *, workers: bool = True) -> None:
     if crew:
         crew.start()
     try:
-        uvicorn.Server(config).run()
+        _Server(config).run()
     finally:
         if crew:
             crew.stop()
+
+
+class _Server(uvicorn.Server):
+    """Ends open event streams when it is told to end: their readers come back to the next process."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Streams first, then as usual."""
+        self.config.app.state.feed.stop()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 def work(settings: Settings, *, slot: int | None = None) -> None:
@@ -67,7 +79,8 @@ def work(settings: Settings, *, slot: int | None = None) -> None:
 
 
 def prepare(settings: Settings) -> None:
-    """Directories only this user can read, and the schema."""
+    """Directories and a database only this user can read, and the schema."""
+    os.umask(0o077)
     for folder in (settings.data_dir, settings.work_dir, settings.hub_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     migrate(settings.url)

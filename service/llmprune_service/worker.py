@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import sqlalchemy as sa
 from dbos import DBOS, error
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from llmprune._version import __version__
 from llmprune_service import engine as job_engine
@@ -26,12 +26,13 @@ from llmprune_service import tables, webhooks
 from llmprune_service.database import make_engine
 from llmprune_service.engine import DELIVER, JOBS, RUN_JOB, WEBHOOKS, Queue
 from llmprune_service.execution import Draining, Execution
+from llmprune_service.hardening import forbid_pickle
 from llmprune_service.ids import new_id
 from llmprune_service.jobs import Jobs, Lost
 from llmprune_service.leader import Leader
 from llmprune_service.runner import Runner
 from llmprune_service.settings import Settings
-from llmprune_service.store import Store
+from llmprune_service.store import Store, remove_tree
 
 log = logging.getLogger(__name__)
 _DELIVERIES_AT_A_TIME = 8
@@ -58,11 +59,13 @@ class Worker:
         """Serve until SIGTERM, SIGINT or a drain."""
         global _current
         _current = self
+        forbid_pickle()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end())
         self._beat()
         leader = Leader(self.jobs, self.settings, holder=self.id)
-        threading.Thread(target=self._keep_beating, daemon=True).start()
+        for body in (self._keep_beating, self._keep_sweeping):
+            threading.Thread(target=body, daemon=True).start()
         leader.start()
         DBOS(config=job_engine.worker_config(self.engine, self.id))
         DBOS.listen_queues([JOBS, WEBHOOKS])
@@ -133,7 +136,7 @@ class Worker:
             try:
                 if self._beat():
                     self.ending.set()
-            except DBAPIError:
+            except SQLAlchemyError:
                 log.warning("no heartbeat: the database is away")
 
     def _beat(self) -> bool:
@@ -152,6 +155,27 @@ class Worker:
                 )
             )  # fmt: skip
         return False
+
+    def _keep_sweeping(self) -> None:
+        while True:
+            try:
+                self._sweep()
+            except SQLAlchemyError:
+                log.warning("no sweep: the database is away")
+            time.sleep(self.settings.heartbeat_ttl)
+
+    def _sweep(self) -> None:
+        """Delete working directories of this host whose job ended well, or was deleted, on another one."""
+        if not self.settings.work_dir.is_dir():
+            return
+        folders = list(self.settings.work_dir.iterdir())
+        jobs = tables.jobs
+        mine = sa.select(jobs.c.id).where(jobs.c.id.in_([folder.name for folder in folders]), jobs.c.status != "succeeded")
+        with self.engine.connect() as connection:
+            needed = set(connection.scalars(mine))
+        for folder in folders:
+            if folder.name not in needed:
+                remove_tree(folder)
 
     def _device(self) -> str:
         return f"gpu {self.devices}" if self.devices else "cpu"

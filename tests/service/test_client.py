@@ -52,8 +52,8 @@ class Service:
 
     def block(self, execution: Execution, number: int) -> None:
         """Say that a block is finished."""
-        execution.say("job.block", {"block": number, "num_blocks": 20, "name": f"blocks.{number}"})
-        execution.flush()
+        facts = {"block": number, "name": f"blocks.{number}", "sparsity": 0.5, "error": None, "seconds": 1.0, "sha256": None}
+        execution.add_block(facts, 20)
 
     def succeed(self, job_id: str, files: dict[str, bytes] = FILES) -> None:
         """Run a job to its end; these are the files of its result."""
@@ -238,7 +238,7 @@ def test_verbs(client: Client, service: Service) -> None:
         client.retry(job.id, from_start=True)
     assert conflict.value.status == 409
     execution = service.claim(job.id)
-    execution.add_block({"block": 0, "name": "blocks.0", "sparsity": 0.5, "error": None, "seconds": 1.0, "sha256": None})
+    service.block(execution, 0)
     execution.fail("killed", "by a test")
     assert [block.name for block in client.checkpoints(job.id)] == ["blocks.0"]
     assert client.retry(job.id, from_start=True).status == "queued"

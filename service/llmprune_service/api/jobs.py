@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -82,14 +83,17 @@ async def submit(
     if wanted := _WAIT.search(prefer or ""):
         seconds = min(int(wanted[1]), _MAX_WAIT)
         response.headers["Preference-Applied"] = f"wait={seconds}"
-        await feed.until(row, lambda head: head.finished, seconds=seconds, key=principal.key_id)
+        with suppress(Problem):  # too many held answers: the job is queued all the same
+            await feed.until(row, lambda head: head.finished, seconds=seconds, key=principal.key_id)
         row = await run_in_threadpool(jobs.get, principal.sees, row.id)
     response.headers["Location"] = f"/v1/jobs/{row.id}"
     return view(row)
 
 
 def _place(jobs: Jobs, principal: Principal, body: JobRequest, key: str | None) -> tuple[Row, bool]:
-    """Check what is asked for, pin the model's commit, and queue the job."""
+    """Check what is asked for, pin the model's commit, and queue the job; what was queued before needs none of it."""
+    if key is not None and (row := jobs.replay(principal.tenant, body, key)) is not None:
+        return row, False
     resolved = _resolve(body, principal, jobs.settings)
     needed = _bytes_needed(resolved)
     _check_disk(jobs.settings, needed)
@@ -120,6 +124,16 @@ def _check_disk(settings: Settings, needed: int) -> None:
 @router.post("/jobs:validate", summary="Try a submission out", responses=problems(429))
 async def validate(principal: auth.writer, body: JobBody, request: Request, settings: SettingsDep) -> Validation:
     """Check a submission, pin its model and plan the job; nothing is queued."""
+    return await _validate(principal, body, request, settings)
+
+
+@router.get("/models/{organisation}/{name}/compat", summary="Can this model be pruned?", responses=problems(429))
+async def compat(principal: auth.reader, organisation: str, name: str, request: Request, settings: SettingsDep) -> Validation:
+    """What `jobs:validate` says of a job with nothing but this model; 422 says why it cannot be pruned here."""
+    return await _validate(principal, JobRequest(model=f"{organisation}/{name}"), request, settings)
+
+
+async def _validate(principal: Principal, body: JobRequest, request: Request, settings: Settings) -> Validation:
     resolved = await to_thread.run_sync(_resolve, body, principal, settings, limiter=_submitting)
     outcome = await request.app.state.planner.plan(body.config, resolved.revision)
     return Validation(

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ class Planner:
     def _run(self, config: PruneConfig, revision: str | None) -> Outcome:
         """The child works in an empty directory on the disk the job would use, and is told of no secret."""
         asked = config.model_dump(exclude_unset=True, exclude={"latency"}) | {"revision": revision}
-        command = [sys.executable, "-m", "llmprune", "plan", "--json", *arguments(PruneConfig(**asked))]
+        command = [str(self._settings.job_python), "-P", "-m", "llmprune", "plan", "--json", *arguments(PruneConfig(**asked))]
         with tempfile.TemporaryDirectory(dir=self._settings.data_dir, prefix="plan-") as folder:
             environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
             environment |= {

@@ -12,7 +12,7 @@ from fleet import TTL, Fleet
 def test_a_running_job_outlives_an_outage(fleet: Fleet, database_away: Callable[[], AbstractContextManager[None]]) -> None:
     """Its child works on, its worker waits, and nobody takes it for dead afterwards."""
     fleet.start(2)
-    job_id = fleet.submit(num_blocks=24, seconds=0.25)
+    job_id = fleet.submit(num_blocks=18, seconds=0.25)
     fleet.begun(job_id, 1)
     with database_away():
         time.sleep(2 * TTL)
