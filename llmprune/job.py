@@ -320,8 +320,8 @@ class Job:
                     measured = against(self.dense[number], scores)
                 qualities.append(measured)
             if self.config.latency:
-                speeds = measure_speed(self.model, self.calibration.ids_NS[:1])
                 yield Progress(stage=stage, done=total, total=total, detail="latency")
+                speeds = measure_speed(self.model, self.calibration.ids_NS[:1])
         return qualities, speeds, kept
 
     def _reference(self, dense_hidden: dict[str, Tensor], number: int) -> Reference:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from llmprune.cli import Json, prune
-from llmprune.cli import config_fields as config_fields
+from llmprune.cli import Json, config_fields, prune
 from llmprune.console import printable
 from llmprune.errors import ConfigError
 from llmprune.io.render import number, percent, target_percent

@@ -117,10 +117,12 @@ class Execution:
                 row = self._jobs.append(
                     connection, self.job.id, [("job.succeeded", {"result": dict(result)})],
                     self._mine(), tables.jobs.c.status == "running", status="succeeded", finished_at=self._jobs.now,
-                    report=json.loads(report.model_dump_json()), result=dict(result), bytes_reserved=size, claim=None,
-                    worker=None, progress=None,
+                    result=dict(result), bytes_reserved=size, claim=None, worker=None, progress=None,
                 )  # fmt: skip
-                connection.execute(sa.delete(tables.artifacts).where(tables.artifacts.c.job_id == self.job.id))
+                for table in (tables.artifacts, tables.reports):
+                    connection.execute(sa.delete(table).where(table.c.job_id == self.job.id))
+                content = json.loads(report.model_dump_json())
+                connection.execute(sa.insert(tables.reports).values(job_id=self.job.id, report=content))
                 rows = [{"job_id": self.job.id, **vars(artifact)} for artifact in artifacts]
                 connection.execute(sa.insert(tables.artifacts), rows)
             return row

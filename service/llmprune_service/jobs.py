@@ -140,6 +140,11 @@ class Jobs:
             raise not_found("artifact")
         return rows[0]
 
+    def report(self, tenant: str | None, job_id: str) -> dict[str, Any] | None:
+        """The library's report of a job that succeeded, as JSON; else None."""
+        rows = self._of_job(tenant, job_id, _select(tables.reports, job_id))
+        return dict(rows[0].report) if rows else None
+
     def pareto(self, tenant: str | None, *, model: str) -> Sequence[Row]:
         """Finished jobs of a model, oldest first, at most a thousand."""
         jobs = tables.jobs

@@ -257,8 +257,8 @@ def headline(report: Report) -> dict[str, Any]:
     worst = max(report.quality, key=lambda item: item.ratio or 0.0, default=None)
     dense = report.model.weights_bytes
     facts: dict[str, Any] = {
-        "sparsity": report.sparsity, "verdict": report.verdict.status, "seconds": report.seconds,
-        "checkpoint_bytes": report.checkpoint_bytes, "dense_bytes": dense,
+        "sparsity": report.sparsity, "verdict": report.verdict.status, "verdict_text": report.verdict.text,
+        "seconds": report.seconds, "checkpoint_bytes": report.checkpoint_bytes, "dense_bytes": dense,
         "text": None, "perplexity_dense": None, "perplexity_pruned": None, "ratio": None, "kl": None, "top1_agreement": None,
     }  # fmt: skip
     if worst is not None:

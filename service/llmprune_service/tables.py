@@ -44,7 +44,6 @@ jobs = sa.Table(
     sa.Column("progress", _JSON),  # {stage, done, total}
     sa.Column("error", _JSON),  # {code, message}
     sa.Column("result", _JSON),  # headline numbers of the report
-    sa.Column("report", _JSON),
     sa.Column("last_seq", sa.Integer, nullable=False, server_default="0"),
     sa.Column("bytes_reserved", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("created_at", sa.Double, nullable=False),
@@ -55,6 +54,13 @@ jobs = sa.Table(
     sa.Index(None, "tenant", "status"),
     sa.Index(None, "status", "created_at"),
     sa.Index(None, "tenant", "model"),
+)
+
+reports = sa.Table(  # apart from the jobs: a report of a large model is a megabyte, and lists have no use for it
+    "reports",
+    metadata,
+    sa.Column("job_id", sa.Text, sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("report", _JSON, nullable=False),
 )
 
 job_metadata = sa.Table(

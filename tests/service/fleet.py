@@ -243,7 +243,8 @@ class Fleet:
         assert {artifact.name for artifact in self.jobs.artifacts(None, job_id)} == {
             "model.safetensors", "report.json", "llmprune.json",
         }  # fmt: skip
-        assert row.report["blocks"] and len(row.report["blocks"]) == row.config["num_samples"]
+        report = self.jobs.report(None, job_id)
+        assert report is not None and len(report["blocks"]) == row.config["num_samples"] > 0
         self.until(lambda: not (self.settings.work_dir / job_id).exists(), "the working directory is gone", 5)
 
     def read(self, job_id: str, name: str) -> bytes:

@@ -52,10 +52,10 @@ _FILE_RESPONSES = {
 @router.get("/jobs/{job_id}/report", summary="The report", responses=OF_JOB)
 def report(principal: auth.reader, job_id: JobId, jobs: JobsDep) -> dict[str, Any]:
     """`report.json` of the checkpoint: everything that was asked for, done, lost and gained."""
-    row = jobs.get(principal.sees, job_id)
-    if row.report is None:
-        raise Problem(404, "no-report", f"The job is {row.status}; there is a report once it has succeeded.")
-    return {name: value for name, value in row.report.items() if name != "out"}  # a path of the worker's
+    report = jobs.report(principal.sees, job_id)
+    if report is None:
+        raise Problem(404, "no-report", "There is a report once the job has succeeded.")
+    return {name: value for name, value in report.items() if name != "out"}  # a path of the worker's
 
 
 @router.get(

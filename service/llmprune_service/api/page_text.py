@@ -113,7 +113,7 @@ def verdict(row: Row) -> tuple[str, str, str] | None:
     if status is None:
         return None
     word = VERDICTS.get(status, status)
-    text = ((row.report or {}).get("verdict") or {}).get("text", "").removeprefix(f"{word}: ")
+    text = str(row.result.get("verdict_text", "")).removeprefix(f"{word}: ")
     return status, word, text[:1].upper() + text[1:]
 
 

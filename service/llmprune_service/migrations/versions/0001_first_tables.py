@@ -77,7 +77,6 @@ def upgrade() -> None:
         sa.Column("progress", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("result", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("report", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("last_seq", sa.Integer(), server_default="0", nullable=False),
         sa.Column("bytes_reserved", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
@@ -165,6 +164,13 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "seq", name=op.f("pk_events")),
+    )
+    op.create_table(
+        "reports",
+        sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("report", sa.JSON(none_as_null=True), nullable=False),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("job_id", name=op.f("pk_reports")),
     )
     op.create_table(
         "job_metadata",
