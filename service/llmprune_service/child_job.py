@@ -74,6 +74,8 @@ class ChildJob:
     _failure: Failed | None = None
     _finished: bool = False
     _last_said: float = 0.0
+    _unpushed: set[int] = field(default_factory=set)
+    _newest_pushed: int | None = None
 
     def run(self) -> None:
         """Run it to the end; raises ChildFailed, or what ``watch`` raises once the child is gone."""
@@ -184,27 +186,37 @@ class ChildJob:
         """What an earlier attempt's child recorded while its worker could not file it any more."""
         filed = self.execution.filed_blocks()
         for block in range(num_recorded):
-            if block not in filed:
-                record = json.loads((self.folder / "checkpoint.work" / f"block-{block:05d}" / "record.json").read_text())
+            index = self.folder / "checkpoint.work" / _block(block) / "record.json"
+            if block not in filed and index.is_file():  # a child that is done has taken its journal away
+                record = json.loads(index.read_text())
                 self._file(BlockReport.model_validate(record["report"]), num_blocks, record["sha256"]["weights.safetensors"])
 
     def _push(self, block: int) -> None:
-        """Copy what the journal has new to the shared store, so that another host can go on from here."""
+        """Copy what the journal has new to the shared store, so that another host can go on from here.
+
+        The child may be a block further and delete the hidden states of this one meanwhile. Then the store keeps those of the
+        block before, until a later block is there with its own.
+        """
         job = self.execution.job
         where = {"tenant": job.tenant, "job_id": job.id, "generation": job.generation}
         journal = self.folder / "checkpoint.work"
-        records = [journal / f"block-{block:05d}"]
-        if not self._pushed:
-            self._pushed = True
+        if self._newest_pushed is None:
             # All that is there, the records of earlier attempts on other hosts too: pushing one again changes nothing.
-            records = [journal / "run.json", journal / "dense", *sorted(journal.glob("block-*"))]
-        for record in records:
-            if record.exists():
-                self.store.push_record(record, **where)
-        if block:
-            self.store.drop_from_record(f"block-{block - 1:05d}", "hidden-*", **where)
-
-    _pushed = False
+            self._unpushed.update(range(block))
+            for record in (journal / "run.json", journal / "dense"):
+                if record.exists():
+                    self.store.push_record(record, **where)
+        self._unpushed.add(block)
+        if not self.store.push_record(journal / _block(block), whole=True, **where):
+            return
+        for earlier in self._unpushed - {block}:
+            self.store.push_record(journal / _block(earlier), **where)
+        if self._newest_pushed is not None:
+            self._unpushed.add(self._newest_pushed)
+        for older in self._unpushed - {block}:
+            self.store.drop_from_record(_block(older), "hidden-*", **where)
+        self._unpushed.clear()
+        self._newest_pushed = block
 
     def _command(self) -> list[str]:
         job = self.execution.job
@@ -242,6 +254,11 @@ class ChildJob:
     def _clean(self, message: str) -> str:
         """Without the paths of this host."""
         return message.replace(f"{self.folder}/", "").replace(str(self.settings.data_dir), "DATA_DIR")
+
+
+def _block(index: int) -> str:
+    """Name of a block's record in a journal."""
+    return f"block-{index:05d}"
 
 
 def _is_over(process: subprocess.Popen[bytes], reader: threading.Thread) -> bool:

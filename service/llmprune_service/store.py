@@ -8,6 +8,7 @@ An attempt writes under its own number, so that a worker that was thought dead c
 
 from __future__ import annotations
 
+import json
 import mimetypes
 import os
 import shutil
@@ -79,12 +80,25 @@ class Store:
         if self._fs.exists(target):
             self._fs.rm(target, recursive=True)
 
-    def push_record(self, record: Path, *, tenant: str, job_id: str, generation: int) -> None:
-        """Copy a finished record of a journal; its ``record.json`` last, so that one that has it is whole."""
+    def push_record(self, record: Path, *, tenant: str, job_id: str, generation: int, whole: bool = False) -> bool:
+        """Copy a finished record of a journal; its ``record.json`` last, so that one that has it is there.
+
+        Its owner may meanwhile delete files of it that a later record makes needless, or all of it once the job is done;
+        then, with ``whole``, the answer is False and the record does not count.
+        """
         base = f"{tenant}/{job_id}/journal/{generation}/{record.name}"
-        files = [record] if record.is_file() else sorted(record.iterdir(), key=lambda file: file.name == "record.json")
-        for file in files:
-            self._put_file(file, base if record.is_file() else f"{base}/{file.name}")
+        if record.is_file():
+            self._put_file(record, base)
+            return True
+        index = record / "record.json"
+        names = json.loads(index.read_text())["sha256"] if index.is_file() else {}
+        for name in (*names, index.name):
+            try:
+                self._put_file(record / name, f"{base}/{name}")
+            except FileNotFoundError:
+                if whole:
+                    return False
+        return bool(names)
 
     def drop_from_record(self, record: str, pattern: str, *, tenant: str, job_id: str, generation: int) -> None:
         """Delete files of a record that are not needed any more."""

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import light_child
+import psycopg
 import pytest
 from fleet import Fleet
 
@@ -35,12 +36,24 @@ def sqlite_url(tmp_path: Path) -> str:
     return url
 
 
+@pytest.fixture(scope="session")
+def make_postgres_url(postgres_server: Postgres) -> Callable[[], str]:
+    """Make PostgreSQL databases with the schema."""
+    migrate(postgres_server.create("template"))
+
+    def make() -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        with psycopg.connect(postgres_server.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE template".encode())
+        return postgres_server.url(name)
+
+    return make
+
+
 @pytest.fixture
-def postgres_url(postgres_server: Postgres) -> str:
+def postgres_url(make_postgres_url: Callable[[], str]) -> str:
     """A new PostgreSQL database with the schema."""
-    url = postgres_server.create(f"test_{uuid.uuid4().hex}")
-    migrate(url)
-    return url
+    return make_postgres_url()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -105,12 +118,10 @@ def sqlite_standing(tmp_path_factory: pytest.TempPathFactory, light_python: Path
 
 @pytest.fixture(scope="module")
 def postgres_standing(
-    tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, light_python: Path
+    tmp_path_factory: pytest.TempPathFactory, make_postgres_url: Callable[[], str], light_python: Path
 ) -> Iterator[Fleet]:
     """Two workers on PostgreSQL, as above."""
-    url = postgres_server.create(f"test_{uuid.uuid4().hex}")
-    migrate(url)
-    yield from _stand(tmp_path_factory.mktemp("postgres"), url, light_python)
+    yield from _stand(tmp_path_factory.mktemp("postgres"), make_postgres_url(), light_python)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -10,7 +10,7 @@ what it is told to. What its bytes are depends on ``--seed`` and on every block 
         oom            out of memory unless --batch-size is given; ``oom-always`` in any case
         network-N      the hub does not answer the first N processes of the job
         crash-B[-N]    death before block B, of the first N processes or of all
-        hang-B         block B takes an hour
+        hang-B[-N]     block B takes an hour, in the first N processes or in all
 
 Every process appends what it does to ``light.log`` in the service's data directory, a JSON object a line.
 """
@@ -21,6 +21,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -117,12 +118,15 @@ class Pruning:
             if kind == "network" and self.num_starts() <= int(number):
                 raise HubUnreachable("the hub did not answer.")
 
-    def crash_before(self, block: int) -> None:
-        """Die, where that was asked for."""
-        for word in self.options.skip:
-            kind, *numbers = word.split("-")
-            if kind == "crash" and int(numbers[0]) == block and (len(numbers) == 1 or self.num_starts() <= int(numbers[1])):
-                os.kill(os.getpid(), signal.SIGKILL)
+    def is_troubled(self, kind: str, block: int) -> bool:
+        """Whether this process is to crash or hang at the block."""
+        words = [word.split("-") for word in self.options.skip]
+        limits = [
+            int(numbers[1]) if len(numbers) > 1 else math.inf
+            for name, *numbers in words
+            if name == kind and int(numbers[0]) == block
+        ]
+        return any(self.num_starts() <= limit for limit in limits)
 
     # The journal ----------------------------------------------------------------------------------------------------
 
@@ -155,10 +159,11 @@ class Pruning:
         num_blocks = self.options.num_samples
         _say(StageStarted(stage="prune", total=num_blocks, resumed_at=start))
         for block in range(start, num_blocks):
-            self.crash_before(block)
+            if self.is_troubled("crash", block):
+                os.kill(os.getpid(), signal.SIGKILL)
             self.note("begin", block)
             _say(BlockStarted(block=block, name=f"blocks.{block}", num_blocks=num_blocks))
-            time.sleep(3600 if f"hang-{block}" in self.options.skip else self.options.damping)
+            time.sleep(3600 if self.is_troubled("hang", block) else self.options.damping)
             digest = self.finish_block(block, hidden)
             hidden = _next(hidden, block)
             self.note("done", block)

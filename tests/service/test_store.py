@@ -87,7 +87,7 @@ def test_only_a_store_of_files_has_local_paths(store: Store, checkpoint: dict[st
 
 
 def test_whole_records_of_a_journal_move_to_another_host(tmp_path: Path) -> None:
-    """A record without its record.json was being written when its host died: it does not move."""
+    """A record whose files were deleted while it was copied does not count, unless a later one is there."""
     store = Store(Settings(data_dir=tmp_path / "data", store_url=f"memory://{uuid4().hex}"))
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
@@ -95,12 +95,14 @@ def test_whole_records_of_a_journal_move_to_another_host(tmp_path: Path) -> None
     for block in range(3):
         record = here / f"block-{block:05d}"
         record.mkdir()
-        for name in ("weights.safetensors", "hidden-00000.safetensors", "record.json"):
+        for name in ("weights.safetensors", "hidden-00000.safetensors"):
             (record / name).write_text(f"{name} {block}")
-    (here / "block-00002" / "record.json").unlink()
+        (record / "record.json").write_text('{"sha256": {"weights.safetensors": "", "hidden-00000.safetensors": ""}}')
     journal = {**JOB, "generation": 1}
-    for record in (here / "run.json", *sorted(here.glob("block-*"))):
-        store.push_record(record, **journal)
+    assert store.push_record(here / "run.json", **journal)
+    (here / "block-00002" / "hidden-00000.safetensors").unlink()  # the next block is there: it is needed no more
+    pushed = [store.push_record(record, whole=True, **journal) for record in sorted(here.glob("block-*"))]
+    assert pushed == [True, True, False]
     store.drop_from_record("block-00000", "hidden-*", **journal)
 
     store.pull_journal(there, **journal)
@@ -110,6 +112,9 @@ def test_whole_records_of_a_journal_move_to_another_host(tmp_path: Path) -> None
         "block-00001/record.json", "block-00001/weights.safetensors", "run.json",
     ]  # fmt: skip
     assert (there / "block-00001" / "weights.safetensors").read_text() == "weights.safetensors 1"
+    assert store.push_record(here / "block-00002", **journal)
+    store.pull_journal(there, **journal)
+    assert sorted(file.name for file in (there / "block-00002").iterdir()) == ["record.json", "weights.safetensors"]
     store.pull_journal(tmp_path / "other", **JOB, generation=2)
     assert not (tmp_path / "other").exists()
 

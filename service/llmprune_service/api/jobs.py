@@ -127,7 +127,7 @@ async def validate(principal: auth.writer, body: JobBody, request: Request, sett
     return await _validate(principal, body, request, settings)
 
 
-@router.get("/models/{organisation}/{name}/compat", summary="Can this model be pruned?", responses=problems(429))
+@router.get("/models/{organisation}/{name}/compat", summary="Can this model be pruned?", responses=problems(404, 429))
 async def compat(principal: auth.reader, organisation: str, name: str, request: Request, settings: SettingsDep) -> Validation:
     """What `jobs:validate` says of a job with nothing but this model; 422 says why it cannot be pruned here."""
     return await _validate(principal, JobRequest(model=f"{organisation}/{name}"), request, settings)

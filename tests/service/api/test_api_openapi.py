@@ -53,7 +53,7 @@ def test_the_surface_is_the_designed_one(document: dict[str, Any]) -> None:
         "/v1/pareto": "get", "/v1/methods": "get", "/v1/workers": "get", "/v1/workers/{worker_id}/drain": "post",
         "/v1/webhooks": "get post", "/v1/webhooks/secret": "get", hook: "delete", f"{hook}/rotate": "post",
         f"{hook}/test": "post", "/v1/api-keys": "get post", "/v1/api-keys/{key_id}": "delete", "/healthz": "get",
-        "/readyz": "get", "/metrics": "get",
+        "/readyz": "get", "/metrics": "get", "/v1/models/{organisation}/{name}/compat": "get",
     }  # fmt: skip
     assert {path: set(methods) for path, methods in document["paths"].items()} == {
         path: set(methods.split()) for path, methods in wanted.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fleet import TABLES_OF_JOBS, Fleet, is_alive
+from fleet import TABLES_OF_JOBS, Fleet, is_alive, light_request
 
 from llmprune_service.problems import Problem
 
@@ -53,7 +53,7 @@ def test_a_queued_job_is_cancelled_at_once(fleet: Fleet) -> None:
 
 def test_a_running_job_is_cancelled_in_mid_block_and_resumed(standing: Fleet) -> None:
     """Its process is gone within a second or so; resuming it goes on with the interrupted block."""
-    job_id = standing.submit(num_blocks=3, seconds=1.0)
+    job_id = standing.submit("hang-1-1", num_blocks=3)
     child = standing.begun(job_id, 1)
     asked = time.monotonic()
     assert standing.jobs.cancel("default", job_id).status == "cancelling"
@@ -115,7 +115,8 @@ def test_a_full_disk_fails_jobs_before_they_begin(fleet: Fleet) -> None:
 
 def test_deleting_a_job_leaves_nothing(standing: Fleet) -> None:
     """Rows, runs of the engine, artifacts, the journal of a cancelled job: all gone; the idempotency key is free again."""
-    done = standing.submit(metadata={"team": "a"})
+    request = light_request(metadata={"team": "a"})
+    done = standing.jobs.submit("default", request, idempotency_key="deleted")[0].id
     standing.wait(done)
     stopped = standing.submit("hang-1")
     standing.begun(stopped, 1)
@@ -132,6 +133,9 @@ def test_deleting_a_job_leaves_nothing(standing: Fleet) -> None:
         assert not list(standing.settings.data_dir.rglob(f"*{job_id}*"))
         with pytest.raises(Problem, match="no such job"):
             standing.row(job_id)
+    again, is_new = standing.jobs.submit("default", request, idempotency_key="deleted")
+    assert is_new
+    standing.wait(again.id)
 
 
 def test_artifacts_go_to_the_store_the_url_names(make_fleet: Callable[..., Fleet], tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_another_host_goes_on_from_a_shared_store(make_fleet: Callable[..., Flee
     bucket = tmp_path / "bucket"
     first, second = (make_fleet(name, store_url=f"dir::file://{bucket}") for name in ("first", "second"))
     first.start()
-    job_id = first.submit(num_blocks=4, seconds=0.5)
+    job_id = first.submit("hang-2-1", num_blocks=4)
     first.until(lambda: list(bucket.rglob("block-00001/record.json")), "two blocks are copied to the bucket")
     first.holder(job_id).kill()
     second.start()

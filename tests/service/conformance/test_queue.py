@@ -51,7 +51,7 @@ def test_a_queued_job_is_moved_by_its_priority(fleet: Fleet) -> None:
 def test_a_drained_worker_finishes_its_job(fleet: Fleet) -> None:
     """It takes no other, says goodbye, and exits with 0."""
     [worker] = fleet.start()
-    first, second = fleet.submit(num_blocks=4, seconds=0.3), fleet.submit(num_blocks=1)
+    first, second = fleet.submit(num_blocks=4, seconds=0.2), fleet.submit(num_blocks=1)
     fleet.begun(first, 1)
     [row] = fleet.jobs.workers()
     assert fleet.jobs.drain(row.id).draining
@@ -67,7 +67,7 @@ def test_a_drained_worker_finishes_its_job(fleet: Fleet) -> None:
 def test_sigterm_finishes_the_block(fleet: Fleet) -> None:
     """The worker ends after the block it is at, and another goes on: nothing is done twice, nobody counts as lost."""
     fleet.start(2)
-    job_id = fleet.submit(num_blocks=5, seconds=0.4)
+    job_id = fleet.submit(num_blocks=4, seconds=0.3)
     fleet.begun(job_id, 1)
     worker = fleet.holder(job_id)
     worker.signal(signal.SIGTERM)
@@ -94,7 +94,7 @@ def test_a_block_longer_than_the_grace_is_given_up(fleet: Fleet) -> None:
 def test_jobs_survive_a_new_version_of_the_contract(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was queued and what ran under an older version goes on under the new one, where it was."""
     monkeypatch.setattr(engine, "VERSION", "0")
-    running, queued = fleet.submit(num_blocks=4, seconds=0.4), fleet.submit(num_blocks=1)
+    running, queued = fleet.submit("hang-1-1", num_blocks=4), fleet.submit(num_blocks=1)
     monkeypatch.undo()
     [old] = fleet.start(version="0")
     fleet.begun(running, 1)
@@ -110,13 +110,13 @@ def test_two_versions_do_not_fight_over_jobs(fleet: Fleet, monkeypatch: pytest.M
     """While workers of an older and a newer release run side by side, neither takes what the other one is doing."""
     fleet.start(version="0")
     fleet.start()
-    newer = fleet.submit(num_blocks=10, seconds=0.25)
+    newer = [fleet.submit(num_blocks=5, seconds=0.2) for _ in range(2)]
     monkeypatch.setattr(engine, "VERSION", "0")
-    older = fleet.submit(num_blocks=10, seconds=0.25)
-    for job_id in (newer, older):
+    older = fleet.submit(num_blocks=5, seconds=0.2)
+    for job_id in (*newer, older):
         row = fleet.wait(job_id)
         fleet.check(job_id)
-        assert row.attempt == 1
+        assert (row.run, row.attempt) == (1, 1)
 
 
 def _order(fleet: Fleet, job_ids: list[str]) -> list[int]:
