@@ -154,7 +154,7 @@ def test_another_host_goes_on_from_a_shared_store(make_fleet: Callable[..., Flee
     bucket = tmp_path / "bucket"
     first, second = (make_fleet(name, store_url=f"dir::file://{bucket}") for name in ("first", "second"))
     first.start()
-    job_id = first.submit("hang-2-1", num_blocks=4)
+    job_id = first.submit(num_blocks=4, seconds=0.4)
     first.until(lambda: list(bucket.rglob("block-00001/record.json")), "two blocks are copied to the bucket")
     first.holder(job_id).kill()
     second.start()
