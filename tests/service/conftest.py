@@ -23,7 +23,10 @@ def postgres_server() -> Iterator[Postgres]:
     """A PostgreSQL of the tests' own."""
     if find_binaries() is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    server = Postgres(durable=True)  # some tests crash it, and look what is left
+    server = Postgres()
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        # Some tests crash the server, never the machine: a commit must reach the operating system, not the disk.
+        connection.execute("ALTER ROLE tester SET synchronous_commit = on")
     yield server
     server.destroy()
 
@@ -37,23 +40,26 @@ def sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_postgres_url(postgres_server: Postgres) -> Callable[[], str]:
-    """Make PostgreSQL databases with the schema."""
-    migrate(postgres_server.create("template"))
-
-    def make() -> str:
-        name = f"test_{uuid.uuid4().hex}"
-        with psycopg.connect(postgres_server.url(), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name} TEMPLATE template".encode())
-        return postgres_server.url(name)
-
-    return make
+def used_postgres_url(postgres_server: Postgres) -> str:
+    """The one database that tests use in turn: the thousand files of each new one take longer than most tests."""
+    url = postgres_server.create("used")
+    migrate(url)
+    return url
 
 
 @pytest.fixture
-def postgres_url(make_postgres_url: Callable[[], str]) -> str:
-    """A new PostgreSQL database with the schema."""
-    return make_postgres_url()
+def postgres_url(used_postgres_url: str) -> str:
+    """A PostgreSQL database with the schema, empty and left by all."""
+    with psycopg.connect(used_postgres_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'used' AND pid <> pg_backend_pid()"
+        )
+        tables = connection.execute(
+            "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname IN ('public', 'dbos')"
+            " AND tablename NOT IN ('alembic_version', 'dbos_migrations')"
+        ).fetchall()
+        connection.execute(f"TRUNCATE {', '.join(name for (name,) in tables)} RESTART IDENTITY".encode())
+    return used_postgres_url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -118,10 +124,12 @@ def sqlite_standing(tmp_path_factory: pytest.TempPathFactory, light_python: Path
 
 @pytest.fixture(scope="module")
 def postgres_standing(
-    tmp_path_factory: pytest.TempPathFactory, make_postgres_url: Callable[[], str], light_python: Path
+    tmp_path_factory: pytest.TempPathFactory, postgres_server: Postgres, light_python: Path
 ) -> Iterator[Fleet]:
     """Two workers on PostgreSQL, as above."""
-    yield from _stand(tmp_path_factory.mktemp("postgres"), make_postgres_url(), light_python)
+    url = postgres_server.create(f"test_{uuid.uuid4().hex}")
+    migrate(url)
+    yield from _stand(tmp_path_factory.mktemp("postgres"), url, light_python)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -174,6 +174,7 @@ class Fleet:
             if self._is_free():
                 return
             worker.signal(signal.SIGCONT)
+            time.sleep(0.05)  # for it to come out of its transaction
 
     def _is_free(self) -> bool:
         """Whether nobody stays in the middle of writing."""
