@@ -54,7 +54,7 @@ def number(name: str, default: int) -> int:
 def host() -> dict[str, Any]:
     """Where the numbers are from."""
     memory = round(psutil.virtual_memory().total / 2**30)
-    return {"cores": os.cpu_count(), "memory_gib": memory, "system": platform.platform(), "python": platform.python_version()}
+    return {"cores": os.cpu_count(), "memory_gib": memory, "system": platform.system(), "python": platform.python_version()}
 
 
 def say_where(result: dict[str, Any]) -> str:

@@ -64,6 +64,7 @@ def run(console: Console) -> dict[str, Any]:
             with serving(kind, inputs, num_workers=_NUM_WORKERS, max_recoveries=1000) as (service, server):
                 row = Run(console, kind, service, server, bodies, num_jobs=num_jobs, seconds=seconds).measure(wanted)
             rows.append(row)
+            console.print(f"{kind}: {row}")  # the other one may take another half an hour
             wrong += [f"{kind}: {complaint}" for complaint in row["wrong"]]
     result = {"num_jobs": num_jobs, "seconds": seconds, "workers": _NUM_WORKERS, "host": host(), "rows": rows, "wrong": wrong}
     _print(console, result)
