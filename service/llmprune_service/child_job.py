@@ -10,7 +10,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,12 +146,14 @@ class ChildJob:
             self._failure = event
         elif isinstance(event, Finished | Downloaded):
             self._finished = True
+        if isinstance(event, Finished):  # in an earlier attempt, perhaps, whose worker could tell nothing of it
+            self._file_missing([(report, None) for report in event.report.blocks], len(event.report.blocks))
 
     def _begin(self, event: StageStarted) -> None:
         if not self.fetch:
             self.execution.enter(_PHASES.get(event.stage, "prune"))
         if event.stage == "prune" and event.resumed_at:
-            self._file_earlier(event.resumed_at, event.total)
+            self._file_missing(self._recorded(event.resumed_at), event.total)
         self._began = self.execution.job.updated_at
         self._resumed_at = event.resumed_at
         self._progress(event.stage, event.resumed_at, event.total, "", always=True)
@@ -182,14 +185,20 @@ class ChildJob:
         }  # fmt: skip
         self.execution.add_block(facts, num_blocks)
 
-    def _file_earlier(self, num_recorded: int, num_blocks: int) -> None:
-        """What an earlier attempt's child recorded while its worker could not file it any more."""
+    def _file_missing(self, blocks: Iterable[tuple[BlockReport, str | None]], num_blocks: int) -> None:
+        """File what an earlier attempt's child did while its worker could not file it any more."""
         filed = self.execution.filed_blocks()
-        for block in range(num_recorded):
+        for report, sha256 in blocks:
+            if report.index not in filed:
+                self._file(report, num_blocks, sha256)
+
+    def _recorded(self, num_blocks: int) -> Iterator[tuple[BlockReport, str]]:
+        """The journal's first blocks: reports, and digests of their weights."""
+        for block in range(num_blocks):
             index = self.folder / "checkpoint.work" / _block(block) / "record.json"
-            if block not in filed and index.is_file():  # a child that is done has taken its journal away
+            with suppress(FileNotFoundError):  # a child that is done has taken its journal away
                 record = json.loads(index.read_text())
-                self._file(BlockReport.model_validate(record["report"]), num_blocks, record["sha256"]["weights.safetensors"])
+                yield BlockReport.model_validate(record["report"]), record["sha256"]["weights.safetensors"]
 
     def _push(self, block: int) -> None:
         """Copy what the journal has new to the shared store, so that another host can go on from here.

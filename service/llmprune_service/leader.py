@@ -7,9 +7,11 @@ run a Leader; a leased row decides which one acts. All times are the database's.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -22,6 +24,9 @@ from llmprune_service.settings import Settings
 log = logging.getLogger(__name__)
 _LEASE = "leader"
 _SWEEP_EVERY = 20  # ticks
+_GAP = 0.6  # of a ttl: with the fifth between two heartbeats, a worker that beats is still seen as alive
+# Time asleep counts too, where the system says it.
+_clock = partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 
 
 class Leader:
@@ -32,6 +37,7 @@ class Leader:
         self._settings = settings
         self._holder = holder
         self._ttl = settings.heartbeat_ttl
+        self._last_tick, self._judge_from = -math.inf, 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="leader")
 
@@ -46,28 +52,35 @@ class Leader:
 
     def tick(self) -> None:
         """Act once, if this process leads."""
-        began = time.monotonic()
-        if self._lead():
+        leads = self._lead()
+        if self._may_judge() and leads:
             self._forget_workers()
-            if time.monotonic() - began > self._ttl / 2:
-                return  # the database kept all waiting (a locked SQLite raises nothing): let the heartbeats in first
             self._recover()
             self._renew_versions()
             self._settle()
 
+    def _may_judge(self) -> bool:
+        """False until a ttl has gone by since the database, or this process, was away: nobody, or nobody else, could beat.
+
+        The gap between two ticks tells all of it: a database that raises or only waits, a stopped process, a suspended host.
+        """
+        now = _clock()
+        if now - self._last_tick > _GAP * self._ttl:
+            self._judge_from = now + self._ttl
+        self._last_tick = now
+        return now >= self._judge_from
+
     def _run(self) -> None:
-        pause, ticks = self._ttl / 5, 0
-        while not self._stop.wait(pause):
+        ticks = 0
+        while not self._stop.wait(self._ttl / 5):
             try:
                 self.tick()
                 ticks += 1
                 if ticks % _SWEEP_EVERY == 1 and self._lead():
                     self._sweep()
-                pause = self._ttl / 5
             except DBAPIError:
-                # While the database was away nobody could beat: everybody gets a full ttl to be seen again.
                 log.warning("the database is away")
-                pause = self._ttl
+                self._last_tick = -math.inf
             except Exception:
                 log.exception("a tick of the leader failed")
 

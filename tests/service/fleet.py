@@ -135,7 +135,7 @@ class Fleet:
         return self.jobs.get(None, job_id)
 
     def wait(self, job_id: str, *statuses: str, seconds: float = _PATIENCE) -> Row:
-        """The job once it has one of the statuses, by default a final one; any other final one fails the test at once."""
+        """The job once it has one of the statuses, by default succeeded; any other final one fails the test at once."""
         wanted = statuses or ("succeeded",)
 
         def look() -> Row | None:

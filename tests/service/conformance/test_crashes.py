@@ -20,13 +20,13 @@ def test_a_killed_worker_s_job_goes_on_with_another(fleet: Fleet) -> None:
     fleet.start(2)
     job_id = fleet.submit("hang-1-1", num_blocks=4)
     child = fleet.begun(job_id, 1)
-    fleet.holder(job_id).kill()
-    killed = time.time()
+    holder, killed = fleet.holder(job_id), time.time()
+    holder.kill()
     fleet.until(lambda: not is_alive(child.pid), "the child is gone", 1)
     print(f"orphan gone after {time.time() - killed:.3f} s")
     again = fleet.begun(job_id, 1, times=2)
     print(f"taken over after {again.time - killed:.1f} s")
-    assert again.time - killed < 2 * TTL + 1
+    assert again.time - killed < 3 * TTL
     row = fleet.wait(job_id)
     fleet.check(job_id)
     assert [line.block for line in fleet.log(job_id, "begin")] == [0, 1, 1, 2, 3]

@@ -38,3 +38,18 @@ def test_a_worker_that_dies_in_an_outage_loses_nothing(
     fleet.check(job_id)
     assert [line.block for line in fleet.log(job_id, "begin")] == [0, 1, 2, 3, 4, 5, 5, 6, 7]
     assert (row.attempt, row.recoveries) == (2, 1)
+
+
+def test_a_result_that_nobody_told_of_is_found(fleet: Fleet, database_away: Callable[[], AbstractContextManager[None]]) -> None:
+    """A child that ends in an outage, and whose worker dies then, has done its job: the next attempt takes its checkpoint."""
+    fleet.start(2)
+    job_id = fleet.submit(num_blocks=6, seconds=0.2)
+    fleet.begun(job_id, 1)
+    worker = fleet.holder(job_id)
+    with database_away():
+        fleet.until(lambda: fleet.log(job_id, "end"), "the child is done")
+        worker.kill()
+    row = fleet.wait(job_id)
+    fleet.check(job_id)
+    assert (row.attempt, row.recoveries) == (2, 1)
+    assert [line.block for line in fleet.log(job_id, "begin")] == list(range(6))
