@@ -19,6 +19,8 @@ from sqlalchemy import event
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 30_000
 _LOCK = 7236401
+# A process that stops in the middle of a transaction must not keep its locks: nobody could take its job over.
+_OPTIONS = "-c idle_in_transaction_session_timeout=10s"
 
 
 def make_engine(url: str, *, pool_size: int = 10) -> sa.Engine:
@@ -31,7 +33,11 @@ def make_engine(url: str, *, pool_size: int = 10) -> sa.Engine:
         return engine
     parsed = sa.make_url(url).set(drivername="postgresql+psycopg")
     return sa.create_engine(
-        parsed, pool_pre_ping=True, pool_size=pool_size, max_overflow=pool_size, connect_args={"connect_timeout": 5}
+        parsed,
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        connect_args={"connect_timeout": 5, "options": _OPTIONS},
     )
 
 

@@ -86,7 +86,6 @@ def test_sql_that_makes_no_sense_is_refused(fleet: Fleet, ask: Ask, arguments: s
     assert fleet.jobs.list(None)[0] == []
 
 
-@pytest.mark.xfail(reason="make_engine sets no idle_in_transaction_session_timeout", strict=True)
 def test_a_transaction_that_stops_does_not_stop_the_fleet(fleet: Fleet) -> None:
     """A process frozen, or cut off, in mid-transaction holds the locks of a job: the server lets go of them in time."""
     fleet.start()
