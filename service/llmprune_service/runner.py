@@ -131,15 +131,18 @@ class Runner:
         """The library's job in a child: prune, evaluate, benchmark."""
         self.execution.enter("prune")
         self._restore()
+        self._retrying(self._prune_once)
+        return {"attempt": self.execution.job.attempt}
+
+    def _prune_once(self) -> None:
         try:
-            self._retrying(lambda: self._child().run())
-        except JobFailed as failure:
+            self._child().run()
+        except ChildFailed as failure:
             if failure.code not in _NETWORK or not self._needs_hub():
                 raise
-            # Fetched in an earlier execution on another host, or swept from the cache: bring it here and go on.
+            # The child is offline: what it lacks was fetched on another host, or swept from the cache. Bring it here.
             self._fetch()
-            self._retrying(lambda: self._child().run())
-        return {"attempt": self.execution.job.attempt}
+            self._child().run()
 
     def _package(self) -> dict[str, Any]:
         """Move the checkpoint to the store and end the job."""
@@ -216,8 +219,10 @@ class Runner:
                 self._sleep(seconds)
 
     def _halve_batch(self) -> None:
-        """The journal belongs to the old batch size: start anew, half as large."""
-        used = self.execution.job.batch_size or self.config.batch_size or self.config.num_samples
+        """The journal belongs to the old batch size, and knows it where the library chose it: start anew, half as large."""
+        run = self._folder / f"{CHECKPOINT}.work" / "run.json"
+        recorded = json.loads(run.read_text()).get("batch_size") if run.is_file() else None
+        used = recorded or self.execution.job.batch_size or self.config.batch_size or self.config.num_samples
         remove_tree(self._folder)
         self.execution.note(batch_size=max(1, used // 2), generation=self.execution.job.generation + 1)
         self.execution.flush()

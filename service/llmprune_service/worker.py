@@ -125,8 +125,11 @@ class Worker:
 
     def _hand_back(self, job_id: str, run: int) -> NoReturn:
         """Leave the run to another worker: this one takes nothing more. Never returns to the engine."""
-        self._leave()
-        self.queue.hand_over([job_engine.run_id(job_id, run)])
+        try:
+            self.queue.hand_over([job_engine.run_id(job_id, run)])
+            self._leave()
+        except SQLAlchemyError:
+            log.warning("the job was not handed back: the database is away, the leader will find it", extra={"job": job_id})
         os._exit(0)
 
     def _keep_beating(self) -> None:

@@ -7,7 +7,8 @@ what it is told to. What its bytes are depends on ``--seed`` and on every block 
     --damping S        seconds a block takes
     --skip WORD        what goes wrong:
         gated          the hub wants a licence accepted
-        oom            out of memory unless --batch-size is given; ``oom-always`` in any case
+        oom            out of memory unless --batch-size is given; ``oom-always`` in any case; ``oom-N`` with a journal that
+                       has the batch size N
         network-N      the hub does not answer the first N processes of the job
         crash-B[-N]    death before block B, of the first N processes or of all
         hang-B[-N]     block B takes an hour, in the first N processes or in all
@@ -115,6 +116,10 @@ class Pruning:
                 raise GatedModel("demo is gated: accept its licence and log in.")
             if word == "oom-always" or (word == "oom" and batch_size is None):
                 raise OutOfMemory(f"the device has no memory for a batch of {batch_size}; use a smaller --batch-size.")
+            if kind == "oom" and number.isdigit() and batch_size is None:  # of the size the library chose by itself
+                _WORK.mkdir(exist_ok=True)
+                _write_durably(_WORK / "run.json", json.dumps({"batch_size": int(number)}).encode())
+                raise OutOfMemory(f"the device has no memory for a batch of {number}; use a smaller --batch-size.")
             if kind == "network" and self.num_starts() <= int(number):
                 raise HubUnreachable("the hub did not answer.")
 

@@ -31,6 +31,14 @@ def test_out_of_memory_is_tried_with_half_the_batch(standing: Fleet) -> None:
     assert len(standing.log(job_id, "start")) == 2
 
 
+def test_half_of_the_batch_the_library_chose_itself(standing: Fleet) -> None:
+    """The default is what memory has room for, far below the number of sequences: half of that one is smaller."""
+    job_id = standing.submit("oom-6", num_blocks=16, seconds=0.01)
+    row = standing.wait(job_id)
+    standing.check(job_id)
+    assert row.batch_size == 3
+
+
 def test_out_of_memory_is_not_tried_a_third_time(standing: Fleet) -> None:
     """A job that does not fit either way fails with what the library said."""
     job_id = standing.submit("oom-always")
