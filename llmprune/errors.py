@@ -14,6 +14,7 @@
         ├── CorruptCheckpoint     a weights file is truncated or not safetensors
         ├── UnsupportedModel      no decoder stack that can be replayed; says what was looked for
         ├── TextError             a text source is unknown, unreadable or unreachable
+        │   ├── TextUnreachable   the hub did not answer for a text
         │   └── TextTooShort      says how many tokens it found and needs
         ├── OutputError           the output directory is in the way, or is the input
         ├── DiskFull              no space left for the work directory or the checkpoint
@@ -90,6 +91,10 @@ class UnsupportedModel(UserError):
 
 class TextError(UserError):
     """A text source is unknown, unreadable or unreachable."""
+
+
+class TextUnreachable(TextError):
+    """The Hugging Face hub did not answer for a text."""
 
 
 class TextTooShort(TextError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import TextError, one_line
+from llmprune.errors import TextError, TextUnreachable, one_line
 from llmprune.io.text_files import pick_column
 
 MAX_DOWNLOAD_BYTES = 20 * 10**9
@@ -141,7 +141,8 @@ def _explained(name: str) -> Iterator[None]:
     except TextError:
         raise
     except Exception as error:
-        raise TextError(_explain(name, error)) from error
+        kind = TextUnreachable if _is_unreachable(error) else TextError
+        raise kind(_explain(name, error)) from error
 
 
 def _explain(name: str, error: Exception) -> str:

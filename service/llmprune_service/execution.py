@@ -6,6 +6,7 @@ Taking a job over writes a new claim into its row; every later write of the one 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from llmprune.errors import one_line
 from llmprune.report import Report
 from llmprune_service import tables
 from llmprune_service.ids import new_id
@@ -20,6 +22,7 @@ from llmprune_service.jobs import Jobs, Lost, Row
 from llmprune_service.schemas import Phase
 from llmprune_service.store import Artifact
 
+log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.5
 T = TypeVar("T")
 
@@ -183,9 +186,8 @@ def patiently(work: Callable[[], T]) -> T:
     while True:
         try:
             return work()
-        except OperationalError:
-            time.sleep(_RETRY_SECONDS)
         except DBAPIError as error:
-            if not error.connection_invalidated:
+            if not (isinstance(error, OperationalError) or error.connection_invalidated):
                 raise
+            log.warning("waiting for the database: %s", one_line(error))
             time.sleep(_RETRY_SECONDS)

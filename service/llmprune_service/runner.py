@@ -252,9 +252,11 @@ class Runner:
             self.store.pull_journal(target / f"{CHECKPOINT}.work", tenant=job.tenant, job_id=job.id, generation=job.generation)
 
     def _tidy(self) -> None:
-        """A finished job needs its working directory no more; a failed or cancelled one may be gone on with."""
-        if self.execution.job.status == "succeeded":
+        """A finished job needs its journal no more; a failed or cancelled one may be gone on with."""
+        job = self.execution.job
+        if job.status == "succeeded":
             remove_tree(self._job_folder)
+            self.store.drop_journal(job.tenant, job.id)
 
 
 def headline(report: Report) -> dict[str, Any]:

@@ -76,9 +76,11 @@ class Store:
 
     def delete(self, tenant: str, job_id: str) -> None:
         """Delete everything of a job; what is not there is fine."""
-        target = self._at(f"{tenant}/{job_id}")
-        if self._fs.exists(target):
-            self._fs.rm(target, recursive=True)
+        self._remove(f"{tenant}/{job_id}")
+
+    def drop_journal(self, tenant: str, job_id: str) -> None:
+        """Delete the finished blocks of a job that needs them no more."""
+        self._remove(f"{tenant}/{job_id}/journal")
 
     def push_record(self, record: Path, *, tenant: str, job_id: str, generation: int, whole: bool = False) -> bool:
         """Copy a finished record of a journal; its ``record.json`` last, so that one that has it is there.
@@ -126,6 +128,11 @@ class Store:
         """Bytes stored for a job."""
         target = self._at(f"{tenant}/{job_id}")
         return int(self._fs.du(target)) if self._fs.exists(target) else 0
+
+    def _remove(self, path: str) -> None:
+        target = self._at(path)
+        if self._fs.exists(target):
+            self._fs.rm(target, recursive=True)
 
     def _put_file(self, file: Path, path: str) -> None:
         """One file, whole or not there; a link where store and file share a file system."""

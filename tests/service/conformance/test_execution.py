@@ -163,6 +163,7 @@ def test_another_host_goes_on_from_a_shared_store(make_fleet: Callable[..., Flee
     assert [line.block for line in second.log(job_id, "begin")] == [2, 3]
     second.check_events(job_id)
     second.check_result(job_id)
+    second.until(lambda: not list(bucket.rglob("journal")), "the bucket keeps the result alone")
     assert (first.settings.work_dir / job_id).exists()
     first.start()
     first.until(lambda: not (first.settings.work_dir / job_id).exists(), "the first host has cleaned up")
