@@ -7,23 +7,55 @@ user's mistake (one line with the remedy), 1 ours. Torch is imported by the comm
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from copy import copy
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 
 from llmprune._version import __version__
-from llmprune.console import ProgressView, print_report, printable
+from llmprune.cli_options import (
+    BatchSize,
+    Calibration,
+    Damping,
+    Device,
+    DtypeName,
+    Eval,
+    EventsFile,
+    Json,
+    LatencyFlag,
+    MaxEvalTokens,
+    Method,
+    Model,
+    NoEval,
+    NumSamples,
+    PatternName,
+    Revision,
+    ScopeName,
+    Seed,
+    SeqLen,
+    Sequential,
+    Skip,
+    Sparsity,
+    TrustRemoteCode,
+    check_streams,
+    config_fields,
+    error_console,
+    event_sink,
+    follow,
+    heavy_imports,
+    message_of,
+    print_json,
+    show,
+)  # fmt: skip
+from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
-from llmprune.events import Downloaded, Evaluated, Event, Failed, Finished
+from llmprune.events import Downloaded, Evaluated, Finished
 from llmprune.methods import METHODS
 from llmprune.spec import BUNDLED_MODEL, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
@@ -35,42 +67,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_errors = Console(stderr=True, soft_wrap=True)
-
-
-def _option(field: str, *names: str) -> Any:
-    """An option whose help is the config field's own description."""
-    return typer.Option(*names, help=PruneConfig.model_fields[field].description, show_default=_default(field))
-
-
-def _default(field: str) -> str | bool:
-    default = PruneConfig.model_fields[field].default
-    return str(default) if default not in (None, (), False, True) else False
-
-
-Model = Annotated[str, typer.Argument(help=PruneConfig.model_fields["model"].description)]
-Revision = Annotated[str | None, _option("revision", "--revision")]
-Method = Annotated[str | None, _option("method", "--method", "-m")]
-Sparsity = Annotated[float | None, _option("sparsity", "--sparsity", "-s")]
-PatternName = Annotated[str | None, _option("pattern", "--pattern", "-p")]
-ScopeName = Annotated[str | None, _option("scope", "--scope")]
-Sequential = Annotated[str | None, _option("sequential", "--sequential")]
-Skip = Annotated[list[str] | None, _option("skip", "--skip")]
-Calibration = Annotated[str | None, _option("calibration", "--calibration", "-c")]
-NumSamples = Annotated[int | None, _option("num_samples", "--num-samples")]
-SeqLen = Annotated[int | None, _option("seq_len", "--seq-len")]
-BatchSize = Annotated[int | None, _option("batch_size", "--batch-size")]
-Eval = Annotated[list[str] | None, _option("eval", "--eval", "-e")]
-NoEval = Annotated[bool, typer.Option("--no-eval", help="Evaluate on nothing.")]
-MaxEvalTokens = Annotated[int | None, _option("max_eval_tokens", "--max-eval-tokens")]
-LatencyFlag = Annotated[bool | None, _option("latency", "--latency/--no-latency")]
-Damping = Annotated[float | None, _option("damping", "--damping")]
-Device = Annotated[str | None, _option("device", "--device")]
-DtypeName = Annotated[str | None, _option("dtype", "--dtype")]
-Seed = Annotated[int | None, _option("seed", "--seed")]
-TrustRemoteCode = Annotated[bool | None, _option("trust_remote_code", "--trust-remote-code")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-EventsFile = Annotated[str | None, typer.Option("--events", help="Write events as JSON lines to a file, or - for stdout.")]
 
 
 @app.command(
@@ -105,18 +101,18 @@ def prune(
 ) -> None:
     """Prune MODEL, measure what it cost, and write checkpoint and report to --out."""
     fields = config_fields(locals())
-    _check_streams(events, as_json)
-    with _event_sink(events) as sink:
+    check_streams(events, as_json)
+    with event_sink(events) as sink:
         if out is None:
             raise ConfigError("--out DIR is missing: where should the checkpoint go?")
         config = PruneConfig.build(None, **fields)
-        with _heavy_imports():
+        with heavy_imports():
             from llmprune.api import prune_iter
         run = prune_iter(config=config, out=out, resume=resume)
-        last = _follow(run, sink, interrupted="Interrupted. Finished blocks are kept: go on with --resume.")
+        last = follow(run, sink, interrupted="Interrupted. Finished blocks are kept: go on with --resume.")
     assert isinstance(last, Finished)
     if as_json:
-        _print_json(last.report)
+        print_json(last.report)
     elif events != "-":
         console = Console()
         print_report(last.report, console)
@@ -124,7 +120,7 @@ def prune(
             f"Checkpoint   {out.resolve()}", f"Report page  {(out / 'report.html').resolve()}", sep="\n", soft_wrap=True
         )
     if last.report.verdict.status == "broken":
-        _errors.print(last.report.verdict.text, style="bold red", markup=False)
+        error_console.print(last.report.verdict.text, style="bold red", markup=False)
 
 
 @app.command(epilog="Example: llmprune evaluate pruned --against demo --eval stdlib")
@@ -144,14 +140,14 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of MODEL, and with --against its divergence from another."""
     fields = config_fields(locals())
-    _check_streams(events, as_json)
-    with _event_sink(events) as sink:
-        with _heavy_imports():
+    check_streams(events, as_json)
+    with event_sink(events) as sink:
+        with heavy_imports():
             from llmprune.evaluation import evaluate_iter
-        last = _follow(evaluate_iter(against=against, **fields), sink)
+        last = follow(evaluate_iter(against=against, **fields), sink)
     assert isinstance(last, Evaluated)
     if events != "-":
-        _show(last.evaluation, as_json, print_evaluation)
+        show(last.evaluation, as_json, print_evaluation)
 
 
 @app.command(epilog="Example: llmprune fetch HuggingFaceTB/SmolLM2-135M --calibration c4")
@@ -167,14 +163,14 @@ def fetch(
 ) -> None:
     """Download what pruning MODEL needs, so that the same job then runs offline; loads no weights."""
     fields = config_fields(locals())
-    _check_streams(events, as_json)
-    with _event_sink(events) as sink:
-        with _heavy_imports():
+    check_streams(events, as_json)
+    with event_sink(events) as sink:
+        with heavy_imports():
             from llmprune.fetching import fetch_iter
-        last = _follow(fetch_iter(**fields), sink)
+        last = follow(fetch_iter(**fields), sink)
     assert isinstance(last, Downloaded)
     if events != "-":
-        _show(last.fetched, as_json, print_fetched)
+        show(last.fetched, as_json, print_fetched)
 
 
 @app.command(epilog="Example: llmprune plan meta-llama/Llama-3.1-8B --method sparsegpt --pattern 2:4")
@@ -202,11 +198,11 @@ def plan(
 ) -> None:
     """Say what pruning MODEL would do and need, from its config and headers alone; exit 2 if it cannot fit."""
     fields = config_fields(locals())
-    with _heavy_imports():
+    with heavy_imports():
         from llmprune.planning import plan as make_plan
         from llmprune.planning import require_fit
     result = make_plan(config=PruneConfig.build(None, **fields), out=out)
-    _show(result, as_json, print_plan)
+    show(result, as_json, print_plan)
     require_fit(result)
 
 
@@ -219,9 +215,9 @@ def inspect(
 ) -> None:
     """Show MODEL's blocks and sites, which of them share an input, and how sparse they already are."""
     fields = config_fields(locals())
-    with _heavy_imports():
+    with heavy_imports():
         from llmprune.inspection import inspect as look
-    _show(look(**fields), as_json, print_inspection)
+    show(look(**fields), as_json, print_inspection)
 
 
 @app.command()
@@ -252,7 +248,7 @@ def main() -> None:
     try:
         with_plugins()()
     except LlmpruneError as error:
-        _errors.print(f"Error: {printable(_message(error))}", style="red", markup=False)
+        error_console.print(f"Error: {printable(message_of(error))}", style="red", markup=False)
         sys.exit(error.exit_code)
 
 
@@ -268,108 +264,6 @@ def with_plugins() -> typer.Typer:
         with suppress(ImportError):
             plugin.load()(whole)
     return whole
-
-
-def config_fields(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The config fields among a command's arguments; what was not given is None and takes the default."""
-    fields = {name: value for name, value in arguments.items() if name in PruneConfig.model_fields}
-    for name in ("skip", "eval"):
-        if fields.get(name):
-            fields[name] = tuple(fields[name])
-        elif name in fields:
-            fields[name] = None
-    if arguments.get("no_eval"):
-        fields["eval"] = ()
-    return fields
-
-
-def _check_streams(events: str | None, as_json: bool) -> None:
-    if as_json and events == "-":
-        raise ConfigError("--json and --events - both want stdout; write the events to a file: --events events.jsonl.")
-
-
-def _follow(run: Iterator[Event], sink: IO[str] | None, interrupted: str = "Interrupted.") -> Event | None:
-    """Draw the events as they come, write them where asked, and return the last."""
-    last = None
-    with ProgressView() as view:
-        try:
-            for event in run:
-                view.handle(event)
-                _write(event, sink)
-                last = event
-        except KeyboardInterrupt:
-            view.console.print(interrupted, markup=False)
-            raise typer.Exit(130) from None
-    return last
-
-
-@contextmanager
-def _event_sink(events: str | None) -> Iterator[IO[str] | None]:
-    """Where ``--events`` wants them, or None; an error that ends the block is written there as its last line."""
-    sink = _open_sink(events)
-    try:
-        yield sink
-    except typer.Exit:
-        raise
-    except Exception as error:
-        with suppress(OSError):  # a full disk or a reader that is gone must not hide the error
-            _write(_failure(error), sink)
-        raise
-    finally:
-        if sink and sink is not sys.stdout:
-            with suppress(OSError):  # every line was flushed: only one that did not get through is left
-                sink.close()
-
-
-def _failure(error: Exception) -> Failed:
-    if isinstance(error, LlmpruneError):
-        return Failed(error=type(error).__name__, message=_message(error), exit_code=error.exit_code)
-    return Failed(error="InternalError", message=type(error).__name__, exit_code=1)
-
-
-def _message(error: LlmpruneError) -> str:
-    return " ".join(str(error).split())
-
-
-def _write(event: Event, sink: IO[str] | None) -> None:
-    if sink:
-        sink.write(event.model_dump_json() + "\n")
-        sink.flush()
-
-
-def _open_sink(events: str | None) -> IO[str] | None:
-    if events is None or events == "-":
-        return sys.stdout if events else None
-    try:
-        return Path(events).open("a", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--events {events} cannot be written ({error.strerror}); choose another file.") from None
-
-
-def _show(result: BaseModel, as_json: bool, draw: Any) -> None:
-    if as_json:
-        _print_json(result)
-    else:
-        draw(result, Console())
-
-
-def _print_json(result: BaseModel) -> None:
-    typer.echo(result.model_dump_json(indent=1))
-
-
-@contextmanager
-def _heavy_imports() -> Iterator[None]:
-    """Import torch and transformers with a word to the user, and keep their own bars off the screen."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with _errors.status("Starting") if _errors.is_terminal else ExitStack():
-        yield
-    _quiet_transformers()
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def known_commands() -> Iterable[str]:

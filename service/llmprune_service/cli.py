@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from llmprune.cli import Json, config_fields
+from llmprune.cli_options import Json, config_fields
 from llmprune.errors import ConfigError
 from llmprune_service import cli_jobs
 from llmprune_service.cli_jobs import with_config_options

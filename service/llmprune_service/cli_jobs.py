@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from llmprune.cli import Json, config_fields, prune
+from llmprune.cli import prune
+from llmprune.cli_options import Json, config_fields
 from llmprune.console import printable
 from llmprune.errors import ConfigError
 from llmprune.io.render import number, percent, target_percent

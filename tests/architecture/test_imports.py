@@ -16,10 +16,12 @@ RANKS = {
     "_version": 0, "errors": 0, "spec": 1, "report": 2, "events": 3,
     "linalg": 4, "masks": 4, "stats": 5, "devices": 5,
     "methods": 6, "anatomy": 6, "memory": 7, "engines": 8, "measure": 9, "io": 9, "console": 10, "tables": 11,
-    "job": 12, "evaluation": 13, "fetching": 13, "inspection": 13, "planning": 13, "api": 14, "cli": 15, "__main__": 16,
+    "job": 12, "evaluation": 13, "fetching": 13, "inspection": 13, "planning": 13, "api": 14,
+    "cli_options": 15, "cli": 16, "__main__": 17,
 }  # fmt: skip
 TORCH_FREE = (
-    "_version", "errors", "spec", "report", "events", "console", "tables", "cli", "methods/__init__", "__init__", "io/headers",
+    "_version", "errors", "spec", "report", "events", "console", "tables", "cli", "cli_options", "methods/__init__", "__init__",
+    "io/headers",
 )  # fmt: skip
 
 
