@@ -10,8 +10,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -23,6 +25,7 @@ from llmprune_service.settings import Settings
 
 log = logging.getLogger(__name__)
 _LEASE = "leader"
+_UNDER_WAY = ("queued", "running", "cancelling")
 _SWEEP_EVERY = 20  # ticks
 _GAP = 0.6  # of a ttl: with the fifth between two heartbeats, a worker that beats is still seen as alive
 # Time asleep counts too, where the system says it.
@@ -119,39 +122,33 @@ class Leader:
 
     def _recover_run(self, run: Run) -> None:
         jobs, table, queue = self._jobs, tables.jobs, self._jobs.queue
-        ended = {"finished_at": jobs.now, "claim": None, "worker": None}
+        queue_again = False
         with jobs.engine.begin() as connection:
             row = connection.execute(sa.select(table).where(table.c.id == run.job_id, table.c.run == run.number)).first()
             if row is not None and row.worker not in (None, run.executor):
                 return  # taken over since this tick began to look
-            if row is None or row.status not in ("queued", "running", "cancelling"):
-                queue_again = False
-            elif row.status == "cancelling":
-                queue_again = self._append(connection, row, "job.cancelled", {}, status="cancelled", **ended)
-            elif row.recoveries >= self._settings.max_recoveries:
-                message = f"{row.recoveries + 1} workers died while running this job; it may be what kills them."
-                error = {"code": "worker_lost", "message": message}
-                queue_again = self._append(connection, row, "job.failed", error, status="failed", error=error, **ended)
-            else:
-                facts = {"worker": run.executor, "recoveries": row.recoveries + 1}
-                changes = {"claim": None, "worker": None, "recoveries": row.recoveries + 1}
-                self._append(connection, row, "job.recovered", facts, **changes)
-                queue_again = True
+            if row is not None and row.status in _UNDER_WAY:
+                kind, facts, changes = self._outcome(row, run)
+                queue_again = kind == "job.recovered"
+                unchanged = (table.c.run == row.run, table.c.status == row.status)
+                with suppress(Lost):  # the job moved on meanwhile
+                    jobs.append(connection, row.id, [(kind, facts)], *unchanged, claim=None, worker=None, **changes)
         log.warning("a worker is lost", extra={"worker": run.executor, "job": run.job_id})
         if queue_again:
             queue.hand_over([run.id])
         else:
             queue.cancel([run.id])
 
-    def _append(self, connection: sa.Connection, row: Row, kind: str, facts: Mapping[str, object], **changes: object) -> bool:
-        """Always False: the run is over."""
-        table = tables.jobs
-        try:
-            unchanged = (table.c.run == row.run, table.c.status == row.status)
-            self._jobs.append(connection, row.id, [(kind, facts)], *unchanged, **changes)
-        except Lost:
-            log.info("the job moved on meanwhile", extra={"job": row.id})
-        return False
+    def _outcome(self, row: Row, run: Run) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """What becomes of a job whose worker is dead: the event, its data, and changed columns."""
+        if row.status == "cancelling":
+            return "job.cancelled", {}, {"status": "cancelled", "finished_at": self._jobs.now}
+        if row.recoveries >= self._settings.max_recoveries:
+            message = f"{row.recoveries + 1} workers died while running this job; it may be what kills them."
+            error = {"code": "worker_lost", "message": message}
+            return "job.failed", error, {"status": "failed", "error": error, "finished_at": self._jobs.now}
+        recoveries = row.recoveries + 1
+        return "job.recovered", {"worker": run.executor, "recoveries": recoveries}, {"recoveries": recoveries}
 
     def _renew_versions(self) -> None:
         """Runs that an older release enqueued wait for workers of its contract: enqueue them anew under ours."""
@@ -178,7 +175,7 @@ class Leader:
         with jobs.engine.begin() as connection:
             row = connection.execute(
                 sa.update(table)
-                .where(table.c.id == job_id, table.c.run == run, table.c.status.in_(("queued", "running", "cancelling")))
+                .where(table.c.id == job_id, table.c.run == run, table.c.status.in_(_UNDER_WAY))
                 .values(run=table.c.run + 1, claim=None, worker=None)
                 .returning(table)
             ).first()

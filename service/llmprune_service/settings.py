@@ -7,7 +7,7 @@ import os
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     )
     hf_endpoint: str | None = Field(None, description="Hub to use in place of huggingface.co.")
     hf_token: SecretStr | None = Field(None, description="Hub token of the tenant 'default'.")
-    log_format: str = Field("auto", description="json, text, or auto: text on a terminal.")
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="json, text, or auto: text on a terminal.")
 
     @field_validator("model_roots", "allowed_hosts", "webhook_hosts", mode="before")
     @classmethod

@@ -443,7 +443,7 @@ def test_unknown_text(refused: Refused, model_dir: Path, field: str) -> None:
 
 def test_unreachable_text(refused: Refused, model_dir: Path) -> None:
     """A hub text while offline: says what to do instead."""
-    assert "c4" in refused(errors.TextError, model_dir, calibration="c4").lower()
+    assert "c4" in refused(errors.TextUnreachable, model_dir, calibration="c4").lower()
 
 
 @pytest.mark.parametrize("field", ["calibration", "eval"])

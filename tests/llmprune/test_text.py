@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 
-from llmprune.errors import ConfigError, NonFiniteError, TextError, TextTooShort
+from llmprune.errors import ConfigError, NonFiniteError, TextError, TextTooShort, TextUnreachable
 from llmprune.io import text, text_hub, text_protocols
 from llmprune.io.text import check_source, load_calibration, load_evaluation, sample_synthetic
 
@@ -562,7 +562,7 @@ def test_a_python_without_source_is_a_text_error(tokenizer, monkeypatch):
 def test_offline_the_hub_fails_fast_with_a_remedy(tokenizer, source, evaluation):
     """The real loading code, up to the network: a quick TextError that names what works without it."""
     started = time.perf_counter()
-    with pytest.raises(TextError) as error:
+    with pytest.raises(TextUnreachable) as error:
         if evaluation:
             load_evaluation(source, tokenizer, seq_len=8)
         else:
