@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 UNLOCKED = {"llmprune", "pip", "wheel"}
 BUILD = "setuptools"  # builds llmprune itself, without a build environment of its own
 IMAGE = Requirement("llmprune[service,telemetry]")
+MARKERS = {"triton": "; platform_system == 'Linux'"}  # the release this torch's GPU build asks for; the CPU build has none
 COMPUTE = ("accelerate", "datasets", "pyarrow", "safetensors", "torch", "transformers")  # nothing the web process imports
 
 
@@ -54,10 +55,14 @@ def _requirements(requirement: Requirement) -> list[Requirement]:
 
 
 def _write(file: str, names: Collection[str]) -> None:
-    pins = [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in sorted({*names, BUILD})]
+    pins = [f"{name}=={_version(name)}{MARKERS.get(name, '')}" for name in sorted({*names, BUILD})]
     torch = " torch is installed first, in the build that suits the machine (scripts/setup.sh)." if "torch" in names else ""
     Path(file).write_text(f"# Made by `make lock`.{torch}\n" + "\n".join(pins) + "\n")
     print(f"{file}: {len(pins)} packages")
+
+
+def _version(name: str) -> str:
+    return importlib.metadata.version(name).split("+")[0]
 
 
 if __name__ == "__main__":
