@@ -5,6 +5,7 @@
 #   make test               the whole suite, offline
 #   make lint               ruff, mypy
 #   make bench              speed, memory and quality; writes the tables of the README
+#   make bench-gpu          every kernel checked, then timed, on this machine's GPU; without one it says so
 #   make bench-service      the service under load, under random kills, and with a 3 GiB download
 
 SHELL := /bin/bash
@@ -23,7 +24,7 @@ OUT ?= runs/$(notdir $(MODEL))-$(METHOD)-$(if $(filter unstructured,$(PATTERN)),
 ONCE ?=
 ARGS ?=
 
-.PHONY: run test lint format bench bench-service lock clean
+.PHONY: run test lint format bench bench-gpu bench-service lock clean
 
 # Data of the service that `make run` starts; a local model is allowed to be named by its jobs.
 export LLMPRUNE_DATA_DIR ?= $(CURDIR)/runs/service
@@ -49,6 +50,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu_kernels $(ARGS)
 
 bench-service: $(READY)
 	$(BIN)/python -m benchmarks service $(ARGS)
