@@ -4,7 +4,7 @@
     >>> report = llmprune.prune("demo", method="sparsegpt", sparsity=0.5, out="pruned")  # doctest: +SKIP
     >>> report.verdict.text  # doctest: +SKIP
 
-Importing this package does not import torch; the first call does.
+Importing this package does not import torch; the first call does. After it, transformers loads packed checkpoints too.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune._version import __version__
 from llmprune.errors import LlmpruneError, UserError
-from llmprune.report import Evaluation, Fetched, Inspection, Plan, Report
+from llmprune.registration import register as _register
+from llmprune.report import Benchmark, Conversion, Evaluation, Fetched, Generation, Inspection, Plan, Report
 from llmprune.spec import PruneConfig
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, fetch, inspect, plan, prune, prune_iter
+    from llmprune.api import benchmark, convert, evaluate, fetch, generate, inspect, load, plan, prune, prune_iter
 
-_LAZY = ("evaluate", "fetch", "inspect", "plan", "prune", "prune_iter")
+_LAZY = ("benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter")
 
 __all__ = [
-    "Evaluation", "Fetched", "Inspection", "LlmpruneError", "Plan", "PruneConfig", "Report", "UserError", "__version__",
-    "evaluate", "fetch", "inspect", "plan", "prune", "prune_iter",
+    "Benchmark", "Conversion", "Evaluation", "Fetched", "Generation", "Inspection", "LlmpruneError", "Plan", "PruneConfig",
+    "Report", "UserError", "__version__", "benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "load", "plan",
+    "prune", "prune_iter",
 ]  # fmt: skip
+
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

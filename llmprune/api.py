@@ -9,12 +9,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.benchmarking import benchmark as benchmark
+from llmprune.conversion import convert as convert
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.evaluation import evaluate as evaluate
 from llmprune.events import Event, Finished
 from llmprune.fetching import fetch as fetch
+from llmprune.generation import generate as generate
 from llmprune.inspection import inspect as inspect
 from llmprune.job import Job
+from llmprune.loading import load as load
 from llmprune.planning import plan as plan
 from llmprune.report import Report
 from llmprune.spec import PruneConfig

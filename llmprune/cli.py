@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 
 from llmprune._version import __version__
+from llmprune.cli_convert import convert
+from llmprune.cli_measure import benchmark, generate
 from llmprune.cli_options import (
     BatchSize,
     Calibration,
@@ -27,6 +29,7 @@ from llmprune.cli_options import (
     DtypeName,
     Eval,
     EventsFile,
+    ExportName,
     Json,
     LatencyFlag,
     MaxEvalTokens,
@@ -90,6 +93,7 @@ def prune(
     max_eval_tokens: MaxEvalTokens = None,
     latency: LatencyFlag = None,
     damping: Damping = None,
+    export: ExportName = None,
     device: Device = None,
     dtype: DtypeName = None,
     seed: Seed = None,
@@ -190,6 +194,7 @@ def plan(
     eval: Eval = None,
     no_eval: NoEval = False,
     max_eval_tokens: MaxEvalTokens = None,
+    export: ExportName = None,
     device: Device = None,
     dtype: DtypeName = None,
     revision: Revision = None,
@@ -220,6 +225,9 @@ def inspect(
     show(look(**fields), as_json, print_inspection)
 
 
+app.command(epilog="Example: llmprune convert pruned --to packed")(convert)
+
+
 @app.command()
 def methods(as_json: Json = False) -> None:
     """List the pruning methods."""
@@ -234,6 +242,10 @@ def methods(as_json: Json = False) -> None:
         typer.echo(json.dumps({"methods": table}, indent=1))
     else:
         print_methods(METHODS.values(), Console())
+
+
+app.command(epilog="Example: llmprune benchmark pruned-packed --against pruned --device cpu")(benchmark)
+app.command(epilog="Example: llmprune generate demo --prompt 'def main(' --max-new-tokens 64")(generate)
 
 
 @app.callback(invoke_without_command=True)

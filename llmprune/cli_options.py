@@ -50,6 +50,7 @@ LatencyFlag = Annotated[bool | None, config_option("latency", "--latency/--no-la
 Damping = Annotated[float | None, config_option("damping", "--damping")]
 Device = Annotated[str | None, config_option("device", "--device")]
 DtypeName = Annotated[str | None, config_option("dtype", "--dtype")]
+ExportName = Annotated[str | None, config_option("export", "--export")]
 Seed = Annotated[int | None, config_option("seed", "--seed")]
 TrustRemoteCode = Annotated[bool | None, config_option("trust_remote_code", "--trust-remote-code")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,7 +26,6 @@ from llmprune.io.render import (
     count,
     duration,
     number,
-    overlap,
     pair_speeds,
     percent,
     rate,
@@ -36,7 +34,11 @@ from llmprune.io.render import (
     times,
     verdict_parts,
 )
-from llmprune.report import Latency, Report, Speed
+from llmprune.report import Latency, Packed, Report, Speed
+from llmprune.speed import overlap
+from llmprune.speed_tables import print_benchmark
+from llmprune.terminal import add_row, make_table
+from llmprune.terminal import printable as printable
 
 LABELS: dict[Stage, str] = {
     "fetch": "Downloading",
@@ -46,14 +48,12 @@ LABELS: dict[Stage, str] = {
     "prune": "Pruning blocks",
     "pruned": "Measuring pruned model",
     "save": "Writing checkpoint",
+    "benchmark": "Measuring speed",
+    "generate": "Writing",
+    "convert": "Converting weights",
 }
 STYLES = {"good": "bold green", "degraded": "bold yellow", "broken": "bold red", "unmeasured": "bold"}
 PLAIN_STEP = 0.1
-
-
-def printable(text: str) -> str:
-    """The text with control characters replaced: a name from outside must not steer the terminal."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -70,19 +70,29 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_speed(report.latency))
         if report.latency.note:
             console.print(Text(printable(report.latency.note), style="dim"))
+    if report.benchmark:
+        print_benchmark(report.benchmark, console)
     if report.stages:
         console.print(_stages(report))
     for warning in report.warnings:
         console.print(_warning(warning))
+    if report.packed:
+        console.print(_packed_line(report.packed))
     if report.out is not None:
         where = (printable(report.out), "bold")
         console.print(Text.assemble("Written to ", where, f", {size(report.checkpoint_bytes)}"), overflow="fold")
 
 
+def _packed_line(packed: Packed) -> Text:
+    formats = f"{count(packed.num_two_four)} as 2:4, {count(packed.num_bitmask)} as bitmask"
+    ratio = f", in {percent(packed.ratio, 1)} of their dense bytes" if packed.ratio is not None else ""
+    return Text(f"Packed {count(packed.num_sites)} matrices ({formats}){ratio}")
+
+
 def _quality(report: Report) -> Table:
-    table = _table("Perplexity", "seq_len", "dense", "pruned", "ratio", "KL", "top-1")
+    table = make_table("Perplexity", "seq_len", "dense", "pruned", "ratio", "KL", "top-1")
     for item in report.quality:
-        _add(
+        add_row(
             table,
             item.text.source,
             str(item.text.seq_len),
@@ -96,20 +106,20 @@ def _quality(report: Report) -> Table:
 
 
 def _sparsity(report: Report) -> Table:
-    table = _table("Sparsity", "zeros", "weights", "fraction")
+    table = make_table("Sparsity", "zeros", "weights", "fraction")
     sites = [site for block in report.blocks for site in block.sites]
     num_zeros, numel = sum(site.num_zeros for site in sites), sum(site.numel for site in sites)
-    _add(table, f"{count(report.num_sites)} pruned sites", count(num_zeros), count(numel), percent(report.sparsity))
+    add_row(table, f"{count(report.num_sites)} pruned sites", count(num_zeros), count(numel), percent(report.sparsity))
     model = report.model.num_parameters
-    _add(table, "whole model", count(report.num_zeros_model), count(model), percent(report.sparsity_of_model))
+    add_row(table, "whole model", count(report.num_zeros_model), count(model), percent(report.sparsity_of_model))
     return table
 
 
 def _speed(latency: Latency) -> Table:
-    table = _table("Tokens per second", "batch", "tokens", "dense", "pruned", "ratio")
+    table = make_table("Tokens per second", "batch", "tokens", "dense", "pruned", "ratio")
     for dense, pruned in pair_speeds(latency):
         sizes = (str(dense.batch_size), count(dense.num_tokens))
-        _add(table, dense.phase, *sizes, rate(dense.tokens_per_second), *_pruned_speed(dense, pruned))
+        add_row(table, dense.phase, *sizes, rate(dense.tokens_per_second), *_pruned_speed(dense, pruned))
     return table
 
 
@@ -122,26 +132,13 @@ def _pruned_speed(dense: Speed, pruned: Speed | None) -> tuple[str, str]:
 
 
 def _stages(report: Report) -> Table:
-    table = _table("Stage", "time", "peak CPU", "peak GPU")
+    table = make_table("Stage", "time", "peak CPU", "peak GPU")
     labels = {str(stage): label for stage, label in LABELS.items()}
     for stage in report.stages:
         label = labels.get(stage.name, stage.name)
-        _add(table, label, duration(stage.seconds), size(stage.peak_cpu_bytes), size(stage.peak_gpu_bytes))
-    _add(table, "all", duration(report.seconds), "", "")
+        add_row(table, label, duration(stage.seconds), size(stage.peak_cpu_bytes), size(stage.peak_gpu_bytes))
+    add_row(table, "all", duration(report.seconds), "", "")
     return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _add(table: Table, *cells: str) -> None:
-    """A row of literal text: Text, because square brackets in a plain string would be read as markup."""
-    table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def _warning(message: str) -> Text:

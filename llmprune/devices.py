@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
 
 import psutil
 import torch
@@ -120,17 +122,30 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class PeakMemory:
-    """Peak memory of one stage: resident set of the process and allocations on the accelerator, in bytes."""
+    """Peak memory of one stage: resident set of the process and allocations on the accelerator, in bytes.
 
-    def __init__(self) -> None:
-        _return_free_memory()
+    Stages may lie inside one another: the counters are the process's, so an inner one's start is noted by those around it.
+    Without ``collect`` it starts at once, garbage that only a collection would find included.
+    """
+
+    _open: ClassVar[WeakSet[PeakMemory]] = WeakSet()
+
+    def __init__(self, *, collect: bool = True) -> None:
+        self._kept: tuple[int, int] = (0, 0)
+        for other in self._open:
+            other._kept = other.cpu_bytes, other.gpu_bytes or 0
+        _return_free_memory(collect=collect)
         self._resettable = _reset_peak_rss()
         if torch.accelerator.is_available():
             torch.accelerator.reset_peak_memory_stats()
+        self._open.add(self)
 
     @property
     def cpu_bytes(self) -> int:
         """Highest resident set since construction (since the process started where Linux cannot reset it)."""
+        return max(self._kept[0], self._rss_bytes())
+
+    def _rss_bytes(self) -> int:
         if self._resettable:
             status = Path("/proc/self/status").read_text()
             line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
@@ -142,12 +157,13 @@ class PeakMemory:
     @property
     def gpu_bytes(self) -> int | None:
         """Highest allocation on the current accelerator; None without one."""
-        return int(torch.accelerator.max_memory_allocated()) if torch.accelerator.is_available() else None
+        return max(self._kept[1], int(torch.accelerator.max_memory_allocated())) if torch.accelerator.is_available() else None
 
 
-def _return_free_memory() -> None:
+def _return_free_memory(*, collect: bool) -> None:
     """Give what the C allocator holds back to the system, so that one stage's leavings are not the next one's peak."""
-    gc.collect()
+    if collect:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc only
     if trim is not None:
         trim(0)

@@ -116,7 +116,7 @@ class _Loaded:
     @classmethod
     def load(cls, config: PruneConfig) -> _Loaded:
         source = resolve(config)
-        model = load_model(source, config, torch.device("cpu"))
+        model = load_model(source, config, torch.device("cpu"), packed=True)
         return cls(source.name, model, load_tokenizer(source.path, config))
 
     @property

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from llmprune.report import BlockReport, Evaluation, Fetched, Report, SiteReport
+from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Report, SiteReport
 
-Stage = Literal["fetch", "load", "calibration", "dense", "prune", "pruned", "save"]
+Stage = Literal["fetch", "load", "calibration", "dense", "prune", "pruned", "save", "benchmark", "generate", "convert"]
 
 
 class _Event(BaseModel):
@@ -92,11 +92,40 @@ class Evaluated(_Event):
     evaluation: Evaluation
 
 
+class Benchmarked(_Event):
+    """A benchmark is done; carries its numbers."""
+
+    event: Literal["benchmarked"] = "benchmarked"
+    benchmark: Benchmark
+
+
+class TextPiece(_Event):
+    """What a model wrote since the last piece; ``model`` is its name."""
+
+    event: Literal["text_piece"] = "text_piece"
+    model: str
+    text: str
+
+
+class TextGenerated(_Event):
+    """A text is written; carries it whole, with its numbers."""
+
+    event: Literal["text_generated"] = "text_generated"
+    generation: Generation
+
+
 class Downloaded(_Event):
     """All that a job needs from the network is on this machine."""
 
     event: Literal["downloaded"] = "downloaded"
     fetched: Fetched
+
+
+class Converted(_Event):
+    """A checkpoint is packed or made dense; carries what was done."""
+
+    event: Literal["converted"] = "converted"
+    conversion: Conversion
 
 
 class Failed(_Event):
@@ -119,8 +148,8 @@ class Finished(_Event):
 
 
 Event = Annotated[
-    StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Downloaded
-    | Failed | Finished,
+    StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Benchmarked
+    | TextPiece | TextGenerated | Downloaded | Converted | Failed | Finished,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Event] = TypeAdapter(Event)

@@ -21,6 +21,7 @@ from llmprune import memory
 from llmprune._version import __version__
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.anatomy.sites import check_pattern, select
+from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.devices import PeakMemory, device_name, environment, free_bytes, memory_errors, module_device, pick_device
 from llmprune.engines.layerwise import Walk, fallback_messages
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
@@ -29,11 +30,13 @@ from llmprune.io import checkpoint
 from llmprune.io.journal import Journal, difference
 from llmprune.io.models import Source, known_revision, load_model, load_tokenizer, local_directory, resolve
 from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
+from llmprune.measure.benchmark import benchmark_models
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import DENSE_NOTE, measure_speed
 from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
 from llmprune.methods import get_method
-from llmprune.report import BlockReport, Latency, ModelReport, Quality, Report, Speed, StageReport
+from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
+from llmprune.report import Benchmark, BlockReport, Latency, ModelReport, Packed, Quality, Report, Speed, StageReport
 from llmprune.spec import Pattern, PruneConfig, default_seq_len
 
 _DENSE = "dense"
@@ -61,6 +64,8 @@ class Job:
     stages: list[StageReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     resumed: bool = False
+    packed: Packed | None = None
+    benchmark: Benchmark | None = None
 
     def run(self) -> Iterator[Event]:
         """Do the job; the last event is Finished, and the only one where a resumed job turns out to be done."""
@@ -76,6 +81,7 @@ class Job:
                 yield from self._measure_dense()
                 yield from self._prune()
                 yield from self._measure_pruned()
+                yield from self._benchmark()
                 yield from self._save()
         except (NonFiniteError, FactorizationError):
             if self.journal:
@@ -134,7 +140,7 @@ class Job:
             yield Progress(stage="load", done=1, total=3, detail=str(self.source.name))
             if self.out is not None:
                 checkpoint.check_output(self.out, self.source.path)
-                checkpoint.check_disk(self.out, 2 * self.source.weights_bytes)
+                checkpoint.check_disk(self.out, (3 if self.config.export == "packed" else 2) * self.source.dense_bytes)
             self.tokenizer = self.tokenizer or load_tokenizer(self.source.path, self.config)
             self.model = load_model(self.source, self.config, self._home())
         elif module_device(self.model).type != "cpu":
@@ -269,6 +275,30 @@ class Job:
         self.quality = tuple(quality)
         yield clock.finished()
 
+    def _benchmark(self) -> Iterator[Event]:
+        """Speed of the dense and the packed model, for a packed checkpoint; afterwards the model is dense again."""
+        model = self.model
+        assert model is not None
+        if self.config.export != "packed" or not self.config.latency or not can_pack(model):
+            return
+
+        del self.stack  # its sites would keep every dense weight alive
+        layers = {path: site.module for path, site in packable(model)[0].items()} if self.in_memory else {}
+
+        def pack() -> PreTrainedModel:
+            pack_(model)
+            return model
+
+        clock = self._clock("benchmark")
+        yield clock.started(0)
+        try:
+            self.benchmark = yield from benchmark_models(model, pack, device=self.device)
+        finally:
+            for path, layer in layers.items():
+                swap_(model, path, layer)  # the very layers the caller knows
+            unpack_(model)
+        yield clock.finished()
+
     def _save(self) -> Iterator[Event]:
         clock = self._clock("save")
         if self.out is None:
@@ -283,6 +313,8 @@ class Job:
                 self.model, folder, tokenizer=self.tokenizer, source=source, code=self.config.trust_remote_code
             )
             yield Progress(stage="save", done=1, total=2)
+            if self.config.export == "packed":
+                yield from self._pack(folder)
             finished = clock.finished()
             report = self._report(checkpoint.weights_bytes(folder))
             fingerprint = self.fingerprint if self.journal else {}
@@ -294,6 +326,17 @@ class Job:
         if self.journal:
             self.journal.remove()
         yield Finished(report=report)
+
+    def _pack(self, folder: Path) -> Iterator[Event]:
+        """Pack what was just written; where nothing gets smaller by it the checkpoint stays dense, with a warning."""
+        assert self.model is not None
+        packed = yield from pack_folder_(folder, self.model, "save")
+        for message in packing_warnings(packed):
+            yield self._warn(message)
+        if packed.num_sites:
+            self.packed = packed
+        else:
+            yield self._warn("nothing was packed: this checkpoint is an ordinary dense one.")
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
@@ -353,12 +396,14 @@ class Job:
             resumed=self.resumed,
             out=str(self.out) if self.out else None,
             checkpoint_bytes=checkpoint_bytes,
+            packed=self.packed,
+            benchmark=self.benchmark,
         )
 
     def _home(self) -> torch.device:
         """Where the weights live: on the device if model and one block's work fit there, else in CPU memory."""
         assert self.source is not None
-        if self.device.type == "cpu" or self.source.weights_bytes * 1.3 > free_bytes(self.device):
+        if self.device.type == "cpu" or self.source.dense_bytes * 1.3 > free_bytes(self.device):
             return torch.device("cpu")
         return self.device
 

@@ -16,16 +16,15 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import get_safetensors_metadata, hf_hub_download
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmprune import memory
 from llmprune.anatomy.blocks import Stack, find_stack
 from llmprune.anatomy.sites import Site, check_pattern, select
 from llmprune.devices import device_name, free_bytes, pick_device
 from llmprune.errors import DoesNotFit
-from llmprune.io.models import check_files, hub_errors, load_config, local_directory
+from llmprune.io.models import build_empty, check_files, hub_errors, load_config, local_directory
 from llmprune.io.stdlib_text import stdlib_documents
 from llmprune.io.text import check_source
 from llmprune.job import describe_model
@@ -80,8 +79,7 @@ class _Planner:
         path, self.headers = self._read_headers()
         transformers_config = load_config(path, config)
         self.text_config = transformers_config.get_text_config()
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(transformers_config, trust_remote_code=config.trust_remote_code)
+        model = build_empty(transformers_config, config)
         dtype = self.headers.dtype if config.dtype == "auto" else config.dtype
         self.itemsize = getattr(torch, dtype).itemsize
         stack = find_stack(model)
@@ -105,7 +103,8 @@ class _Planner:
         peak_gpu = max(stage.peak_gpu_bytes for stage in stages)
         hidden = config.num_samples * self.seq_len * self.text_config.hidden_size * self.itemsize
         dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
-        disk = 2 * self.weights + 2 * hidden + dense_hidden
+        copies = 3 if config.export == "packed" else 2  # the dense file is there until the packed one is whole
+        disk = copies * self.weights + 2 * hidden + dense_hidden
         where = self.out.resolve()
         while not where.exists():
             where = where.parent

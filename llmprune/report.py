@@ -9,9 +9,14 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import computed_field
 
 from llmprune.spec import PruneConfig
+from llmprune.speed import Benchmark as Benchmark
+from llmprune.speed import Environment as Environment
+from llmprune.speed import Latency as Latency
+from llmprune.speed import Part
+from llmprune.speed import Speed as Speed
 
 SCHEMA_VERSION = 1
 BROKEN_RATIO = 2.0
@@ -20,11 +25,7 @@ DEGRADED_RATIO = 1.1
 VerdictStatus = Literal["good", "degraded", "broken", "unmeasured"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
-
-
-class SiteReport(_Part):
+class SiteReport(Part):
     """One pruned weight matrix.
 
     ``num_tokens`` is how many calibration tokens reached it (for an expert, those routed to it). ``output_error`` is
@@ -47,7 +48,7 @@ class SiteReport(_Part):
         return self.num_zeros / self.numel if self.numel else 0.0
 
 
-class BlockReport(_Part):
+class BlockReport(Part):
     """One decoder block: its sites and the seconds it took."""
 
     index: int
@@ -62,7 +63,7 @@ class BlockReport(_Part):
         return _fraction(self.sites)
 
 
-class TextReport(_Part):
+class TextReport(Part):
     """A token set: where it came from and what exactly it was."""
 
     source: str
@@ -79,7 +80,7 @@ class TextReport(_Part):
         return self.num_sequences * self.seq_len
 
 
-class Quality(_Part):
+class Quality(Part):
     """Dense against pruned on one text, the same windows, the same run.
 
     ``perplexity`` follows the GPTQ protocol (non-overlapping windows of ``text.seq_len`` tokens, fp32 logits);
@@ -104,27 +105,7 @@ class Quality(_Part):
         return self.perplexity_pruned / self.perplexity_dense
 
 
-class Speed(_Part):
-    """Tokens per second at one batch size: the median of ``repeats`` runs, and their quartiles."""
-
-    phase: Literal["prefill", "decode"]
-    batch_size: int
-    num_tokens: int
-    repeats: int
-    tokens_per_second: float
-    quartiles: tuple[float, float]
-
-
-class Latency(_Part):
-    """Speed of the dense and the pruned model on the same device, and what to make of it."""
-
-    device: str
-    dense: tuple[Speed, ...]
-    pruned: tuple[Speed, ...] = ()
-    note: str = ""
-
-
-class ModelReport(_Part):
+class ModelReport(Part):
     """Which model, exactly, and how large."""
 
     name: str
@@ -137,7 +118,7 @@ class ModelReport(_Part):
     weights_bytes: int
 
 
-class StageReport(_Part):
+class StageReport(Part):
     """Wall time and peak memory of one stage."""
 
     name: str
@@ -146,18 +127,7 @@ class StageReport(_Part):
     peak_gpu_bytes: int | None = None
 
 
-class Environment(_Part):
-    """What the numbers were measured with."""
-
-    llmprune: str
-    torch: str
-    transformers: str
-    python: str
-    device: str
-    num_threads: int
-
-
-class Evaluation(_Part):
+class Evaluation(Part):
     """What ``llmprune evaluate`` measured of one model, alone or against another."""
 
     model: str
@@ -167,7 +137,56 @@ class Evaluation(_Part):
     latency: Latency | None = None
 
 
-class Fetched(_Part):
+class Generated(Part):
+    """What one model wrote: ``num_tokens`` after the prompt, and how fast; the first of them comes out of the prefill.
+
+    ``finished`` says that the model ended by itself. The token ids are there to be compared.
+    """
+
+    model: str
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    prefill_seconds: float
+    decode_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def num_tokens(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed at batch 1; None where a single token was generated."""
+        return (self.num_tokens - 1) / self.decode_seconds if self.num_tokens > 1 and self.decode_seconds else None
+
+
+class Generation(Part):
+    """What ``llmprune generate`` wrote, and with ``--compare`` what another model makes of the same prompt."""
+
+    prompt: str
+    num_prompt_tokens: int
+    environment: Environment
+    generated: Generated
+    compared: Generated | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def num_agreeing(self) -> int | None:
+        """How many tokens from the first on both models share; None without a comparison."""
+        if self.compared is None:
+            return None
+        pairs = zip(self.generated.tokens, self.compared.tokens, strict=False)
+        return next(
+            (at for at, (one, other) in enumerate(pairs) if one != other),
+            min(self.generated.num_tokens, self.compared.num_tokens),
+        )
+
+
+class Fetched(Part):
     """What ``llmprune fetch`` brought to this machine: the model as a job will name it, and the texts, calibration first."""
 
     model: str
@@ -176,7 +195,57 @@ class Fetched(_Part):
     texts: tuple[str, ...]
 
 
-class SiteInfo(_Part):
+class LeftDense(Part):
+    """Why matrices of the decoder blocks are stored as before, how many, and one of them."""
+
+    reason: str
+    num_sites: int
+    example: str
+
+
+class Packed(Part):
+    """The weights that a packed checkpoint stores in fewer bytes.
+
+    ``dense_bytes`` is what those weights take as ordinary tensors of the same dtype. ``num_negative_zeros`` counts the -0.0
+    that 2:4 has no slot for: they come back as +0.0, which is equal.
+    """
+
+    format_version: int
+    num_two_four: int
+    num_bitmask: int
+    dense_bytes: int
+    packed_bytes: int
+    num_negative_zeros: int = 0
+    left_dense: tuple[LeftDense, ...] = ()
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def num_sites(self) -> int:
+        """Matrices that are packed."""
+        return self.num_two_four + self.num_bitmask
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ratio(self) -> float | None:
+        """Packed bytes over dense bytes; None where nothing is packed."""
+        return self.packed_bytes / self.dense_bytes if self.dense_bytes else None
+
+
+class Conversion(Part):
+    """What ``llmprune convert`` did: from which directory to which, and the bytes of the weights before and after."""
+
+    model: str
+    out: str
+    to: Literal["packed", "dense"]
+    num_layers: int
+    packed: Packed | None
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+class SiteInfo(Part):
     """One prunable matrix as ``llmprune inspect`` shows it; sites of one ``input_group`` read the same tensor."""
 
     name: str
@@ -185,7 +254,7 @@ class SiteInfo(_Part):
     num_zeros: int | None
 
 
-class Inspection(_Part):
+class Inspection(Part):
     """The anatomy of a model: its blocks, their sites, and what is never pruned."""
 
     model: ModelReport
@@ -195,7 +264,7 @@ class Inspection(_Part):
     tied_embeddings: bool
 
 
-class StagePlan(_Part):
+class StagePlan(Part):
     """What one stage is expected to need."""
 
     name: str
@@ -204,7 +273,7 @@ class StagePlan(_Part):
     peak_gpu_bytes: int
 
 
-class Plan(_Part):
+class Plan(Part):
     """What a job would do and need, from config.json and the safetensors headers alone."""
 
     config: PruneConfig
@@ -235,14 +304,14 @@ class Plan(_Part):
         return not self.problems
 
 
-class Verdict(_Part):
+class Verdict(Part):
     """A plain sentence on whether the pruned model is still worth having."""
 
     status: VerdictStatus
     text: str
 
 
-class Report(_Part):
+class Report(Part):
     """Everything a job asked for, did, lost and gained; the schema of ``report.json``."""
 
     schema_version: int = SCHEMA_VERSION
@@ -255,12 +324,14 @@ class Report(_Part):
     blocks: tuple[BlockReport, ...]
     quality: tuple[Quality, ...]
     latency: Latency | None
+    benchmark: Benchmark | None = None
     stages: tuple[StageReport, ...]
     num_zeros_model: int
     warnings: tuple[str, ...] = ()
     resumed: bool = False
     out: str | None = None
     checkpoint_bytes: int | None = None
+    packed: Packed | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -19,8 +19,13 @@ from llmprune.errors import ConfigError, PatternError
 Scope = Literal["row", "matrix", "block"]
 Sequential = Literal["block", "group"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Export = Literal["dense", "packed"]
+PackedFormat = Literal["2:4", "bitmask"]
+PackFormat = Literal["auto", "2:4", "bitmask"]
 
 BUNDLED_MODEL = "demo"
+PACKING_METHOD = "llmprune"
+"""``quant_method`` in the config.json of a packed checkpoint."""
 DEFAULT_SPARSITY = 0.5
 MAX_DEFAULT_SEQ_LEN = 2048
 _N_TO_M = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
@@ -147,6 +152,9 @@ class PruneConfig(BaseModel):
     damping: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Fraction of the mean Gram diagonal added to it.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...: where blocks are pruned and evaluated.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto keeps the checkpoint's.")
+    export: Export = Field(
+        "dense", description="'dense': zeros in ordinary tensors, for any engine; 'packed': smaller, loaded by llmprune."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of every random choice.")
     trust_remote_code: bool = Field(False, description="Run modelling code shipped with the model.")
 

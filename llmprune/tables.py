@@ -12,7 +12,7 @@ from rich.table import Table
 from llmprune.console import printable
 from llmprune.io.render import NOTHING, count, duration, number, percent, rate, size, small
 from llmprune.methods import Method
-from llmprune.report import Evaluation, Fetched, Inspection, Plan, SiteInfo
+from llmprune.report import Conversion, Evaluation, Fetched, Inspection, Plan, SiteInfo
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -76,6 +76,23 @@ def print_fetched(fetched: Fetched, console: Console) -> None:
     facts.add_row("Weights", size(fetched.weights_bytes))
     facts.add_row("Texts", printable(", ".join(fetched.texts)) or "none")
     console.print(facts)
+
+
+def print_conversion(conversion: Conversion, console: Console) -> None:
+    """What was packed or made dense, what was not, and the bytes it takes."""
+    facts = _facts(f"{printable(conversion.model)}, {conversion.to}")
+    if conversion.packed:
+        packed = conversion.packed
+        facts.add_row("2:4", f"{count(packed.num_two_four)} matrices")
+        facts.add_row("Bitmask", f"{count(packed.num_bitmask)} matrices")
+        facts.add_row("Packed", f"{size(packed.packed_bytes)} for {size(packed.dense_bytes)} ({percent(packed.ratio, 1)})")
+    else:
+        facts.add_row("Unpacked", f"{count(conversion.num_layers)} matrices")
+    facts.add_row("Weights", f"{size(conversion.bytes_before)} before, {size(conversion.bytes_after)} now")
+    facts.add_row("Time", duration(conversion.seconds))
+    console.print(facts)
+    for warning in conversion.warnings:
+        console.print(f"Note: {printable(warning)}", markup=False, soft_wrap=True)
 
 
 def print_methods(methods: Iterable[Method], console: Console) -> None:

@@ -18,6 +18,7 @@ from llmprune.report import (
     TextReport,
 )
 from llmprune.spec import PruneConfig
+from llmprune.speed import Benchmark, BenchmarkSpeed, LayerSpeed, LayerTime, ModelSpeed, Protocol
 
 ATTENTION = {
     "self_attn.q_proj": (2048, 1024),
@@ -153,3 +154,79 @@ def _stages() -> tuple[StageReport, ...]:
         StageReport(name=name, seconds=value, peak_cpu_bytes=2_254_857_830, peak_gpu_bytes=peaks.get(name))
         for name, value in seconds.items()
     )
+
+
+def sample_benchmark(**changes: Any) -> Benchmark:
+    """A packed 8B-like model against its dense original on a GPU: faster at decode, slower at prefill."""
+    fields: dict[str, Any] = {
+        "model": "pruned-packed",
+        "against": "pruned",
+        "environment": sample_report().environment,
+        "protocol": Protocol(),
+        "copy_gigabytes_per_second": 4000.0,
+        "interleaved": True,
+        "subject": ModelSpeed(
+            name="pruned-packed",
+            weights_bytes=9_000_000_000,
+            packed_bytes=7_900_000_000,
+            num_packed=224,
+            peak_bytes=10_000_000_000,
+            speeds=(
+                point("prefill", 1, 2048, 40_000.0),
+                point("decode", 1, 32, 360.0, 3240.0),
+                point("decode", 16, 32, 4800.0),
+            ),
+        ),
+        "dense": ModelSpeed(
+            name="pruned",
+            weights_bytes=15_000_000_000,
+            peak_bytes=16_000_000_000,
+            speeds=(
+                point("prefill", 1, 2048, 42_000.0),
+                point("decode", 1, 32, 240.0, 3600.0),
+                point("decode", 16, 32, 3750.0),
+            ),
+        ),
+        "layers": (
+            layer("2:4", (14336, 4096), 64, packed_seconds=17.9e-6, dense_seconds=30.2e-6),
+            layer("bitmask", (1024, 4096), 64, packed_seconds=6.0e-6, dense_seconds=5.0e-6),
+        ),
+        "notes": ("prefill stops at the model's maximum of 2048 tokens (asked: 8192)",),
+        "seconds": 61.0,
+    }
+    return Benchmark(**{**fields, **changes})
+
+
+def point(
+    phase: Literal["prefill", "decode"], batch_size: int, num_tokens: int, rate: float, gigabytes: float | None = None,
+    repeats: int = 20,
+) -> BenchmarkSpeed:  # fmt: skip
+    """A speed with quartiles at one per cent to either side."""
+    return BenchmarkSpeed(
+        phase=phase,
+        batch_size=batch_size,
+        num_tokens=num_tokens,
+        repeats=repeats,
+        tokens_per_second=rate,
+        quartiles=(0.99 * rate, 1.01 * rate),
+        context=128 if phase == "decode" else 0,
+        cuda_graph=True,
+        gigabytes_per_second=gigabytes,
+        copy_share=None if gigabytes is None else gigabytes / 4000.0,
+    )
+
+
+def layer(
+    format: str, shape: tuple[int, int], num_layers: int, *, packed_seconds: float, dense_seconds: float, tokens: int = 1
+) -> LayerSpeed:
+    """One kind of layer at one number of tokens, with quartiles at one per cent to either side."""
+    time = LayerTime(
+        num_tokens=tokens,
+        repeats=20,
+        dense_seconds=dense_seconds,
+        dense_quartiles=(0.99 * dense_seconds, 1.01 * dense_seconds),
+        packed_seconds=packed_seconds,
+        packed_quartiles=(0.99 * packed_seconds, 1.01 * packed_seconds),
+    )
+    example = f"model.layers.0.{format}"
+    return LayerSpeed(format=format, shape=shape, num_layers=num_layers, example=example, times=(time,))

@@ -29,6 +29,23 @@ _COPIED_FILES = (
     "chat_template*", "preprocessor_config.json", "processor_config.json", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
+_LOAD_BEGIN = "\n<!-- llmprune: packed -->\n"
+_LOAD_END = "<!-- /llmprune: packed -->\n"
+_LOAD = """
+## Packed weights
+
+The sparse weights are stored in llmprune's packed format. With llmprune installed:
+
+```python
+import llmprune
+
+model = llmprune.load(".")  # this directory, or its id on the hub
+```
+
+or `import llmprune` before `AutoModelForCausalLM.from_pretrained(...)`.
+`llmprune convert . --to dense` makes ordinary tensors of them.
+"""
+
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -127,6 +144,26 @@ def finish(folder: Path, out: Path, report: Report, fingerprint: Mapping[str, An
     digests = {file.name: sync_and_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}
     manifest = _Manifest(schema_version=report.schema_version, fingerprint=dict(fingerprint), sha256=digests, report=report)
     write_durably(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    take_place(folder, out)
+
+
+def finish_plain(folder: Path, out: Path, *, packed: bool) -> None:
+    """Sync a converted directory that llmprune did not prune and rename it to ``out``; its card says how to load it."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, _, rest = text.partition(_LOAD_BEGIN)
+    plain = before + rest.partition(_LOAD_END)[2]
+    if packed or plain != text:
+        card.write_text(plain + (f"{_LOAD_BEGIN}{_LOAD}{_LOAD_END}" if packed else ""), encoding="utf-8")
+        if not packed and not plain:
+            card.unlink()
+    for file in sorted(folder.iterdir()):
+        sync_and_hash(file)
+    take_place(folder, out)
+
+
+def take_place(folder: Path, out: Path) -> None:
+    """Rename a written and synced directory to ``out``, which is not there or empty."""
     sync_directory(folder)
     if out.exists():
         out.rmdir()  # an empty directory, or OSError
@@ -137,11 +174,17 @@ def finish(folder: Path, out: Path, report: Report, fingerprint: Mapping[str, An
 
 def read_manifest(out: Path) -> tuple[dict[str, Any], Report] | None:
     """Fingerprint and report of the finished checkpoint at ``out``; None without one that a journal's run wrote."""
+    manifest = read_any_manifest(out)
+    return manifest if manifest and "revision" in manifest[0] else None
+
+
+def read_any_manifest(folder: Path) -> tuple[dict[str, Any], Report] | None:
+    """Fingerprint (empty where no journal was kept) and report of a checkpoint; None where there is no manifest that reads."""
     try:
-        manifest = _Manifest.model_validate_json((out / MANIFEST).read_bytes())
+        manifest = _Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
-    return (manifest.fingerprint, manifest.report) if "revision" in manifest.fingerprint else None
+    return manifest.fingerprint, manifest.report
 
 
 def weights_bytes(folder: Path) -> int:

@@ -47,6 +47,11 @@ class TensorHeader:
         return math.prod(self.shape)
 
 
+def bytes_of(dtype: str, numel: int) -> int:
+    """Bytes of so many elements."""
+    return numel * _BITS[dtype] // 8
+
+
 def read_header(file: Path, model: str) -> dict[str, TensorHeader]:
     """The tensors of a file of ``model`` by name; at most MAX_HEADER_BYTES are read, whatever the file declares.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
@@ -43,7 +44,9 @@ from llmprune.errors import (
     one_line,
 )
 from llmprune.io.headers import TensorHeader, read_header
-from llmprune.spec import BUNDLED_MODEL, PruneConfig, describe
+from llmprune.io.packed import bytes_when_dense, bytes_when_packed, read_packing
+from llmprune.spec import BUNDLED_MODEL, PACKING_METHOD, PruneConfig, describe
+from llmprune_kernels.legacy import FORMAT as LEGACY_FORMAT
 
 BUNDLED_PATH = Path(__file__).parent.parent / "demo_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -62,6 +65,12 @@ class _Facts(BaseModel):
     architectures: list[str] | None = None
     auto_map: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """Under whichever of the two names, empty where there is none."""
+        return self.quantization_config or self.compression_config or {}
 
 
 class _Index(BaseModel):
@@ -88,6 +97,13 @@ class Source:
         """Size of the weights on disk."""
         return sum(file.stat().st_size for file in self.weight_files)
 
+    @property
+    def dense_bytes(self) -> int:
+        """Size of the weights with the packed ones, if there are any, as ordinary tensors."""
+        entry = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+        packed = read_packing(entry, self.name).modules.values() if entry.get("quant_method") == PACKING_METHOD else ()
+        return self.weights_bytes + sum(bytes_when_dense(tensor) - bytes_when_packed(tensor) for tensor in packed)
+
 
 def resolve(config: PruneConfig) -> Source:
     """Find the model and bring it to disk (hub weights are downloaded, with the hub's own progress bars).
@@ -95,11 +111,18 @@ def resolve(config: PruneConfig) -> Source:
     Raises:
         ModelNotFound, HubUnreachable, GatedModel, UnsafeModel, CorruptCheckpoint, UnsupportedModel, DiskFull.
     """
-    local = local_directory(config.model)
-    path = local or _download(config)
-    check_files(path, config)
+    path = locate(config)
     load_config(path, config)  # refused before the weights are hashed and the tokenizer is tried
-    return Source(config.model, path, _commit_of(path) if local is None else _sha256_of(path))
+    return Source(config.model, path, _sha256_of(path) if local_directory(config.model) else _commit_of(path))
+
+
+def locate(config: PruneConfig) -> Path:
+    """The directory of a model, downloaded where it is the hub's, its files checked as :func:`resolve` does; what kind of
+    model it is, is not judged.
+    """
+    path = local_directory(config.model) or _download(config)
+    check_files(path, config)
+    return path
 
 
 def known_revision(config: PruneConfig) -> str | None:
@@ -160,8 +183,15 @@ def refuse_pickles(name: str, files: list[str]) -> None:
     raise ModelNotFound(f"{name!r} holds no safetensors weights.")
 
 
-def load_config(path: Path, config: PruneConfig) -> Any:
+def quantization_of(path: Path, config: PruneConfig) -> dict[str, Any]:
+    """What config.json says of how the weights are stored: empty for ordinary ones."""
+    return _described(_Facts, path / "config.json", config).quantization
+
+
+def load_config(path: Path, config: PruneConfig, *, quantized: bool = False) -> Any:
     """The transformers config of a model directory, checked to be a causal decoder.
+
+    With ``quantized`` the model may be, and the config says nothing of it: the caller reads the weights.
 
     A model that ships code of its own for a model_type transformers knows is loaded by transformers' class, unless remote
     code is allowed.
@@ -170,17 +200,30 @@ def load_config(path: Path, config: PruneConfig) -> Any:
         UnsafeModel: it needs remote code and that is not allowed.
         UnsupportedModel: not a causal language model, or a model_type transformers does not know.
     """
-    _judge(_described(_Facts, path / "config.json", config), config)
+    facts = _described(_Facts, path / "config.json", config)
+    _judge(facts, config)
+    if not quantized:
+        _judge_quantization(facts, config)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        loaded = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except ImportError as error:
         raise UnsupportedModel(f"the code of {config.model!r} does not load here: {one_line(error)}") from None
     except (StrictDataclassError, OSError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(f"config.json of {config.model!r} describes no model ({one_line(error)}). Mend it.") from None
+    if quantized:
+        for name in ("quantization_config", "compression_config"):
+            loaded.__dict__.pop(name, None)
+    return loaded
+
+
+def build_empty(transformers_config: Any, config: PruneConfig) -> PreTrainedModel:
+    """The model of a config with weights on ``meta``: only names and shapes."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(transformers_config, trust_remote_code=config.trust_remote_code)
 
 
 def _judge(facts: _Facts, config: PruneConfig) -> None:
-    """Refuse a model that is no causal decoder, is quantized, or needs code that may not be run."""
+    """Refuse a model that is no causal decoder, or needs code that may not be run."""
     auto_map, architectures = facts.auto_map or {}, facts.architectures or []
     remote = "AutoModelForCausalLM" in auto_map
     native = facts.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -199,15 +242,30 @@ def _judge(facts: _Facts, config: PruneConfig) -> None:
             f"{config.model!r} is {architectures or [facts.model_type]}, not a causal language model; llmprune prunes "
             "decoders that AutoModelForCausalLM loads."
         )
-    if facts.quantization_config:
-        how = facts.quantization_config.get("quant_method", "quantization_config in its config.json")
+
+
+def _judge_quantization(facts: _Facts, config: PruneConfig) -> None:
+    """Refuse weights that are stored in a way which cannot be read, or by another version of llmprune."""
+    entry = facts.quantization
+    if not entry:
+        return
+    how = entry.get("quant_method", "quantization_config in its config.json")
+    if how == PACKING_METHOD:
+        read_packing(entry, config.model)
+        return
+    sparsity = entry.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format") == LEGACY_FORMAT:
         raise UnsupportedModel(
-            f"{config.model!r} is quantized ({how}); llmprune prunes 16- and 32-bit weights. Give the original."
+            f"{config.model!r} is stored as {LEGACY_FORMAT}, which nothing loads any more. "
+            f"Convert it first: llmprune convert {config.model} --to dense."
         )
+    raise UnsupportedModel(f"{config.model!r} is quantized ({how}); llmprune prunes 16- and 32-bit weights. Give the original.")
 
 
-def load_model(source: Source, config: PruneConfig, device: torch.device) -> PreTrainedModel:
+def load_model(source: Source, config: PruneConfig, device: torch.device, *, packed: bool = False) -> PreTrainedModel:
     """Load the weights onto ``device`` in evaluation mode, in the checkpoint's dtype unless the config names another.
+
+    The layers of a packed checkpoint become ordinary ones; with ``packed`` they stay packed.
 
     Raises:
         CorruptCheckpoint: tensors are missing, unreadable or of other shapes: the model would be partly random.
@@ -237,6 +295,8 @@ def load_model(source: Source, config: PruneConfig, device: torch.device) -> Pre
             f"{source.name!r} lacks {len(info['missing_keys'])} tensors its config calls for, e.g. {first}; "
             "the model would be partly random."
         )
+    if not packed and getattr(model, "hf_quantizer", None) is not None:
+        model.dequantize()
     return model.eval()
 
 

@@ -1,7 +1,8 @@
 """A report for readers: one self-contained HTML page, and the model card of the checkpoint. Torch-free.
 
 The page is complete without scripts and asks the network for nothing (its own Content-Security-Policy forbids it). The
-card holds no time, timing or machine, so that the same job gives the same bytes.
+card holds no time, timing or machine, so that the same job gives the same bytes; only where a packed checkpoint was
+benchmarked it states the speeds and the device.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmprune.report import BlockReport, Latency, Quality, Report, SiteReport, Speed, Verdict
+from llmprune.report import Benchmark, BlockReport, Latency, Quality, Report, SiteReport, Speed, Verdict
 from llmprune.spec import Pattern, PruneConfig
+from llmprune.speed import overlap, point_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOTHING = "\N{EN DASH}"
@@ -66,6 +68,14 @@ def small(value: float | None) -> str:
 def rate(value: float) -> str:
     """Tokens per second; tenths only below a thousand."""
     return number(value, 0 if value >= 1000 else 1)
+
+
+def brief(seconds: float) -> str:
+    """A short time in three digits: ``12.3 µs``, ``4.56 ms``, ``1.20 s``."""
+    scale, unit = next(((scale, unit) for scale, unit in ((1e-3, "µs"), (1.0, "ms")) if seconds < scale), (1e3, "s"))
+    amount = seconds / scale * 1e3
+    digits = 2 if amount < 10 else 1 if amount < 100 else 0
+    return f"{amount:,.{digits}f} {unit}"
 
 
 def count(value: int) -> str:
@@ -134,17 +144,33 @@ def verdict_parts(verdict: Verdict) -> tuple[str, str]:
 
 def pair_speeds(latency: Latency) -> list[tuple[Speed, Speed | None]]:
     """Each dense measurement with the pruned one of the same phase and sizes."""
-
-    def key(speed: Speed) -> tuple[str, int, int]:
-        return speed.phase, speed.batch_size, speed.num_tokens
-
-    pruned = {key(speed): speed for speed in latency.pruned}
-    return [(speed, pruned.get(key(speed))) for speed in latency.dense]
+    pruned = {point_of(speed): speed for speed in latency.pruned}
+    return [(speed, pruned.get(point_of(speed))) for speed in latency.dense]
 
 
-def overlap(dense: Speed, pruned: Speed) -> bool:
-    """Whether the interquartile ranges meet, so that the ratio is within the spread of the runs."""
-    return dense.quartiles[0] <= pruned.quartiles[1] and pruned.quartiles[0] <= dense.quartiles[1]
+def bar_width(value: float, longest: float) -> str:
+    """The length of a bar as a fraction of the longest one, for a style attribute."""
+    return f"{value / longest:.3f}" if longest > 0 else "0"
+
+
+def how_measured(benchmark: Benchmark) -> str:
+    """The protocol of a benchmark in a few sentences."""
+    protocol = benchmark.protocol
+    graphs = {speed.cuda_graph for speed in benchmark.subject.speeds}
+    graph = "CUDA graphs" if graphs == {True} else "CUDA graphs in part" if True in graphs else "no CUDA graphs"
+    turns = ""
+    if benchmark.dense is not None:
+        turns = ", both models taking turns" if benchmark.interleaved else ", one model after the other"
+    return (
+        f"Medians of up to {protocol.repeats} runs in {duration(benchmark.seconds)}{turns}; {graph}. Decode: "
+        f"{protocol.decode_tokens} tokens after {protocol.context}. A copy on this device runs at "
+        f"{number(benchmark.copy_gigabytes_per_second, 1)} GB/s."
+    )
+
+
+def capitalized(note: str) -> str:
+    """A note as a sentence."""
+    return f"{note[:1].upper()}{note[1:].rstrip('.')}."
 
 
 @dataclass(frozen=True)
@@ -391,7 +417,8 @@ def quoted(value: str) -> str:
 
 
 _FILTERS: tuple[Callable[..., Any], ...] = (
-    percent, target_percent, number, times, small, rate, count, duration, size, last_part, markdown, code, code_block, quoted,
+    percent, target_percent, number, times, small, rate, brief, count, duration, size, last_part, markdown, code, code_block,
+    quoted, how_measured, capitalized,
 )  # fmt: skip
 
 
@@ -400,5 +427,5 @@ def _environment(*, html: bool) -> Environment:
     env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=html, undefined=StrictUndefined)
     env.trim_blocks = env.lstrip_blocks = env.keep_trailing_newline = True
     env.filters |= {function.__name__: function for function in _FILTERS}
-    env.globals |= {"overlap": overlap, "NOTHING": NOTHING}
+    env.globals |= {"overlap": overlap, "bar_width": bar_width, "NOTHING": NOTHING}
     return env

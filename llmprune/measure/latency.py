@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.devices import module_device
-from llmprune.report import Speed
+from llmprune.measure.phases import last_logits_only
+from llmprune.measure.timing import Run, quartiles, seconds_of
+from llmprune.speed import Phase, Speed
 
 DENSE_NOTE = (
     "Zeros stored in dense tensors bring no speed: both models do the same arithmetic, and any difference here is noise."
@@ -31,14 +29,13 @@ def measure_speed(model: PreTrainedModel, ids_NS: Tensor, *, num_decode: int = 3
     device = module_device(model)
     ids_NS = ids_NS.to(device)
     batch_size, seq_len = ids_NS.shape
-
-    # Generation needs the last token's logits only; most models can leave the others out.
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+    options = last_logits_only(model)
 
     def prefill() -> Any:
         return model(input_ids=ids_NS, use_cache=True, **options)
 
-    speeds = [_speed("prefill", batch_size, seq_len, [_seconds(prefill, device) for _ in range(repeats + 1)][1:])]
+    times = [seconds_of(Run(prefill), device) for _ in range(repeats + 1)]
+    speeds = [_speed("prefill", batch_size, seq_len, times[1:])]
     if getattr(prefill(), "past_key_values", None) is None:
         return tuple(speeds)
 
@@ -51,32 +48,18 @@ def measure_speed(model: PreTrainedModel, ids_NS: Tensor, *, num_decode: int = 3
     times = []
     for _ in range(repeats + 1):
         start = prefill()  # every run decodes from its own fresh cache
-        times.append(_seconds(partial(decode, start), device))
+        times.append(seconds_of(Run(partial(decode, start)), device))
     speeds.append(_speed("decode", batch_size, num_decode, times[1:]))
     return tuple(speeds)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    _synchronize(device)
-    begun = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - begun
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _speed(phase: Any, batch_size: int, num_tokens: int, times: list[float]) -> Speed:
-    rates = sorted(batch_size * num_tokens / seconds for seconds in times)
-    low, median, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else (rates[0],) * 3
+def _speed(phase: Phase, batch_size: int, num_tokens: int, times: list[float]) -> Speed:
+    low, median, high = quartiles([batch_size * num_tokens / seconds for seconds in times])
     return Speed(
         phase=phase,
         batch_size=batch_size,
         num_tokens=num_tokens,
-        repeats=len(rates),
+        repeats=len(times),
         tokens_per_second=median,
         quartiles=(low, high),
     )

@@ -23,6 +23,16 @@ def test_example_runs(example: Path) -> None:
     assert "perplexity" in done.stdout
 
 
+def test_packing_example_runs() -> None:
+    """Every way of loading writes the same text, and dense again the weights are the same bytes."""
+    example = ROOT / "examples" / "pack_a_checkpoint.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=240, check=True, cwd=ROOT)
+    assert "42 matrices take 53.1% of their dense bytes" in done.stdout
+    texts = {line.split(": ", 1)[1] for line in done.stdout.splitlines() if "def main()" in line}
+    assert done.stdout.count("def main() -> None") == 4 and len(texts) == 1
+    assert "dense again, the same bytes: True" in done.stdout
+
+
 def test_bundled_model_is_small_and_has_learnt() -> None:
     """Under 12 MB; on held-out text far below the n-gram baseline's 39.5 that its card states."""
     assert sum(file.stat().st_size for file in BUNDLED_PATH.iterdir()) < 12e6

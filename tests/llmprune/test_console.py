@@ -21,7 +21,7 @@ from llmprune.events import (
     StageStarted,
     Warned,
 )
-from tests.reports import sample_report
+from tests.reports import layer, sample_benchmark, sample_report
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -96,6 +96,33 @@ def test_report_without_measurements() -> None:
     assert "Not measured" in shown
     assert "0 pruned sites" in shown
     assert "None" not in shown
+
+
+def test_report_shows_a_benchmark() -> None:
+    """Verdict, speeds with ratio and bandwidth, memory, layers with picks, protocol and notes."""
+    text = " ".join(printed(benchmark=sample_benchmark()).split())
+    for figure in (
+        "pruned-packed against pruned on NVIDIA H200",
+        "Faster on NVIDIA H200: decode at batch 1 1.50x",
+        "prefill 2,048 tok 42,000 40,000 0.95x – –",
+        "decode batch 1 240.0 360.0 1.50x 3,240.0 81 %",
+        "dense 13.97 GiB – 14.90 GiB",
+        "packed 8.38 GiB 7.36 GiB 9.31 GiB",
+        "64 x 2:4 14,336 x 4,096 1 30.2 µs 17.9 µs 1.69x packed",
+        "64 x bitmask 1,024 x 4,096 1 5.00 µs 6.00 µs 0.83x dense",
+        "Medians of up to 20 runs in 1 min 01 s, both models taking turns; CUDA graphs.",
+        "Prefill stops at the model's maximum of 2048 tokens (asked: 8192).",
+    ):
+        assert figure in text, figure
+
+
+def test_benchmark_with_a_mixed_model_fits_80_columns() -> None:
+    """The widest table, of large numbers and a long name, is not cut."""
+    benchmark = sample_benchmark()
+    kinds = (layer("2:4 int8", (151_936, 18_944), 128, packed_seconds=0.123, dense_seconds=0.234, tokens=2048),)
+    shown = printed(benchmark=sample_benchmark(mixed=benchmark.subject, layers=kinds, model="x" * 90))
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown and "picked" in shown
 
 
 def test_names_are_literal() -> None:

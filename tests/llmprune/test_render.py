@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 
 from llmprune.io.render import (
     TEMPLATES,
+    brief,
     command_line,
     duration,
     expert_tokens,
@@ -33,7 +34,7 @@ from llmprune.io.render import (
 )
 from llmprune.report import BlockReport, Report, SiteReport
 from llmprune.spec import PruneConfig
-from tests.reports import sample_report
+from tests.reports import point, sample_benchmark, sample_report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 HOSTILE = "<script>alert(1)</script>\"'&`|[x](http://evil.test)\n---\n# heading"
@@ -148,6 +149,77 @@ def test_hostile_text_is_inert_on_the_page() -> None:
     assert "<script" not in html
     assert page.text.count("<script>alert(1)</script>") > 10
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_page_shows_a_benchmark() -> None:
+    """Verdict, speeds as bars with their numbers beside them, bandwidth, memory, layers with picks, protocol and notes."""
+    page = Page(render_html(sample_report(benchmark=sample_benchmark(reasons=("Decode is launch-bound.",)))))
+    for figure in (
+        *("Faster on NVIDIA H200", "decode at batch 1 1.50x, decode at batch 16 1.28x", "Decode is launch-bound."),
+        *("42,000", "40,000", "41,580 to 42,420", "0.95x", "360.0", "240.0", "1.50x", "CUDA graph", "20 repeats"),
+        *("3,240.0 81 %", "3,600.0 90 %", "4,000.0 GB/s", "13.97 GiB", "8.38 GiB", "7.36 GiB", "9.31 GiB"),
+        *("64 × 2:4, 14,336 × 4,096", "30.2 µs", "17.9 µs", "1.69x packed", "0.83x dense", "model.layers.0.bitmask"),
+        *("both models taking turns; CUDA graphs", "32 tokens after 128", "1 min 01 s"),
+        "Prefill stops at the model's maximum of 2048 tokens (asked: 8192).",
+    ):
+        assert figure in page.text, figure
+    bars = [attributes for tag, attributes in page.tags if tag == "i" and "--w" in (attributes.get("style") or "")]
+    assert [bar["style"] for bar in bars[:4]] == ["--w:1.000", "--w:0.952", "--w:0.667", "--w:1.000"]
+    assert all(bar.get("aria-hidden") == "true" for bar in bars) and len(bars) == 6
+
+
+def test_page_with_a_benchmark_is_one_accessible_file() -> None:
+    """A caption per table, a scope per header, a label per region, nothing to load, nothing to execute."""
+    html = render_html(sample_report(benchmark=sample_benchmark()))
+    page = Page(html)
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("table") == tags.count("caption") == 9
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
+    assert all(attributes.get("aria-label") for tag, attributes in page.tags if attributes.get("role") in ("img", "region"))
+    assert "script" not in tags and not re.search(r"https?:|@import|url\(", html)
+
+
+def test_page_with_a_benchmark_that_measured_little() -> None:
+    """Without points, layers or bandwidth there are no holes."""
+    benchmark = sample_benchmark()
+    assert benchmark.dense is not None
+    subject = benchmark.subject.model_copy(update={"speeds": (point("decode", 1, 32, 5.0, repeats=1),), "peak_bytes": None})
+    dense = benchmark.dense.model_copy(update={"speeds": (point("decode", 1, 32, 4.0, repeats=1),)})
+    changes: dict[str, Any] = {"subject": subject, "dense": dense, "layers": (), "notes": ()}
+    text = Page(render_html(sample_report(benchmark=sample_benchmark(**changes)))).text
+    assert "1.25x too few runs" in text and "None" not in text
+    changes["dense"] = None
+    text = Page(render_html(sample_report(benchmark=sample_benchmark(**changes)))).text
+    assert "decode at batch 1 5 tokens/s" in text and "None" not in text
+
+
+def test_hostile_names_in_a_benchmark() -> None:
+    """On the page and in the card they stay text."""
+    kind = sample_benchmark().layers[0].model_copy(update={"example": HOSTILE, "format": HOSTILE})
+    environment = sample_report().environment.model_copy(update={"device": HOSTILE})
+    hostile = sample_benchmark(layers=(kind,), notes=(HOSTILE,), reasons=(HOSTILE,), environment=environment)
+    html = render_html(sample_report(benchmark=hostile))
+    assert "script" not in {tag for tag, _ in Page(html).tags} and "<script" not in html
+    tokens = (
+        MarkdownIt("commonmark")
+        .enable("table")
+        .parse(render_card(sample_report(benchmark=hostile), "a/b", None).split("---\n", 2)[2])
+    )
+    kinds = Counter(child.type for token in tokens for child in (token, *(token.children or ())))
+    assert (kinds["table_open"], kinds["heading_open"], kinds["fence"]) == (3, 6, 2)
+    assert {"html_block", "html_inline", "link_open", "image", "hr"}.isdisjoint(kinds)
+
+
+def test_card_shows_a_benchmark() -> None:
+    """Only where there is one: speeds, ratios and the device they were measured on."""
+    card = render_card(sample_report(benchmark=sample_benchmark()), "a/b", None)
+    for line in (
+        "| prefill | 2,048 tokens | 42,000 | 40,000 | 0.95x |",
+        "| decode | batch 1 | 240.0 | 360.0 | 1.50x |",
+        "Medians, measured on NVIDIA H200.",
+    ):
+        assert line in card, line
+    assert "## Speed" not in render_card(sample_report(), "a/b", None)
 
 
 def test_missing_parts_are_named() -> None:
@@ -439,6 +511,11 @@ def test_remote_code_is_in_the_loading_example() -> None:
         (small(1234.0), "1.23e+03"),
         (rate(999.96), "1,000.0"),
         (rate(61_250.0), "61,250"),
+        (brief(17.94e-6), "17.9 µs"),
+        (brief(2.5e-7), "0.25 µs"),
+        (brief(0.00456), "4.56 ms"),
+        (brief(0.25), "250 ms"),
+        (brief(12.0), "12.0 s"),
         (duration(0.04), "0.0 s"),
         (duration(59.96), "1 min 00 s"),
         (duration(3599.7), "1 h 00 min"),

@@ -274,12 +274,12 @@ def test_the_pareto_front_is_of_one_text(service: Service) -> None:
 
 def test_a_plan_is_made_in_another_process(service: Service) -> None:
     """For the bundled model, without queueing anything or leaving anything behind."""
-    answer = service.post("/v1/jobs:validate", json={**JOB, "latency": False, "skip": ["*.down_proj"]})
+    answer = service.post("/v1/jobs:validate", json={**JOB, "latency": False, "skip": ["*.down_proj"], "export": "packed"})
     assert answer.status_code == 200, answer.text
     plan = answer.json()
     assert (plan["model"], plan["revision"], plan["warnings"]) == ("demo", None, [])
     assert plan["weights_bytes"] > 10**6
-    assert plan["plan"]["config"]["skip"] == ["*.down_proj"]
+    assert (plan["plan"]["config"]["skip"], plan["plan"]["config"]["export"]) == (["*.down_proj"], "packed")
     assert service.get("/v1/jobs").json()["data"] == []
     assert list(service.settings.data_dir.glob("plan-*")) == []
 
