@@ -2,7 +2,7 @@
 #
 #   make run                start the service, prune the bundled demo model through it, leave it up (ONCE=1: end after the job);
 #                           MODEL=, METHOD=, SPARSITY=, PATTERN=, DTYPE=, OUT=, ARGS= change the job
-#   make test               the whole suite, offline
+#   make test               the whole suite, offline, in JOBS=2 processes
 #   make lint               ruff, mypy
 #   make bench              speed, memory and quality; writes the tables of the README
 #   make bench-gpu          every kernel checked, then timed, on this machine's GPU; without one it says so
@@ -22,6 +22,7 @@ PATTERN ?= unstructured
 DTYPE ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,float32)
 OUT ?= runs/$(notdir $(MODEL))-$(METHOD)-$(if $(filter unstructured,$(PATTERN)),$(SPARSITY),$(subst :,-,$(PATTERN)))
 ONCE ?=
+JOBS ?= 2
 ARGS ?=
 
 .PHONY: run test lint format bench bench-gpu bench-service lock clean
@@ -37,7 +38,7 @@ run: $(READY)
 		--dtype $(DTYPE) $(if $(ONCE),--once) $(ARGS)
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

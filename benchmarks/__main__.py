@@ -1,4 +1,4 @@
-"""Run the benchmarks: `make bench`, or `python -m benchmarks speed memory quality corpora sequential readme`.
+"""Run the benchmarks: `make bench`, or `python -m benchmarks speed memory packed quality corpora sequential readme`.
 
 `make bench-service`, or `python -m benchmarks service`, runs service-load, service-download and service-chaos.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import memory, quality, readme, service, service_chaos, service_download, service_load, speed
+from benchmarks import memory, packed, quality, readme, service, service_chaos, service_download, service_load, speed
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, Any] = {
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Any] = {
     "sequential": quality.run_sequential,
     "speed": speed.run,
     "memory": memory.run,
+    "packed": packed.run,
     "corpora": quality.run_corpora,
 }
 SERVICE: dict[str, Any] = {

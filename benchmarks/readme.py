@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import service_chaos, service_download, service_load
+from benchmarks import packed, service_chaos, service_download, service_load
 from benchmarks.service import say_where
 
 README = Path(__file__).parent.parent / "README.md"
@@ -18,7 +18,7 @@ def refresh(results: Path) -> None:
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> for every result there is."""
     before = text = README.read_text(encoding="utf-8")
     tables: dict[str, Callable[[dict[str, Any]], str]] = {
-        "quality": _quality, "speed": _speed, "memory": _memory, "service_load": _service_load,
+        "quality": _quality, "speed": _speed, "memory": _memory, "packed": _packed, "service_load": _service_load,
         "service_download": _service_download, "service_chaos": _service_chaos,
     }  # fmt: skip
     for name, table in tables.items():
@@ -64,6 +64,14 @@ def _memory(result: dict[str, Any]) -> str:
             f"| {row['walk']} | {row['prune_bytes'] / 2**20:.0f} MiB | {row['times_hidden']:.2f} | {row['plan_error']:+.0%} |"
         )
     return "\n".join(lines) + "\n\n`python -m benchmarks memory` prints it."
+
+
+def _packed(result: dict[str, Any]) -> str:
+    lines = ["| one weight in bf16 | bytes, of dense | packing, x a copy | unpacking, x a copy |", "|---|---:|---:|---:|"]
+    for row in result["formats"]:
+        lines.append(f"| {row['format']} | {row['bytes']:.4f} | {row['pack']:.1f} | {row['unpack']:.1f} |")
+    note = f"\n{packed.describe(result['checkpoint'])} `python -m benchmarks packed` prints it."
+    return "\n".join(lines) + "\n" + note
 
 
 def _service_load(result: dict[str, Any]) -> str:
