@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import re
 import resource
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 import tiny
+from forked import PROCESSES
 from llmprune import errors
 from llmprune.cli import main
 from llmprune.devices import is_out_of_memory, memory_errors
@@ -235,10 +235,8 @@ def test_a_process_that_may_not_grow_runs_out_of_memory(tmp_path: Path) -> None:
     text.write_text(tiny.prose(35_000, seed=4))
     job: dict[str, Any] = {"model": str(model), "calibration": str(text), "eval": (), "latency": False, "num_samples": 64}
     job |= {"seq_len": 256, "batch_size": 64, "sequential": "group"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmprune.api", "llmprune.cli"])
-    answer, send = context.Pipe(duplex=False)
-    process = context.Process(target=starve, args=(job, tmp_path / "out", send))
+    answer, send = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=starve, args=(job, tmp_path / "out", send))
     process.start()
     send.close()
     name, message, exit_code = answer.recv()

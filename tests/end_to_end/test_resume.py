@@ -6,7 +6,6 @@ import gc
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 import tiny
+from forked import PROCESSES
 from llmprune.errors import JournalError, OutputError, ResumeRefused
 from llmprune.events import (
     BlockFinished,
@@ -43,10 +43,6 @@ from llmprune.report import BlockReport, Report
 NUM_BLOCKS = 4
 OWN_FILES = {"report.json", "report.html", "llmprune.json"}
 """Files that state times, and so differ from run to run."""
-
-# Torch is imported once, by the server; every job is a process forked from it.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["llmprune.api", "llmprune.cli"])
 
 Moment = Callable[[Event], bool]
 
@@ -103,7 +99,7 @@ def run(argv: list[str], until: Moment | None = None, *, delay: float = 0) -> tu
     log = Path(argv[argv.index("--events") + 1])
     log.unlink(missing_ok=True)
     log.touch()
-    process = _processes.Process(target=command, args=(argv,))
+    process = PROCESSES.Process(target=command, args=(argv,))
     process.start()
     if until:
         with log.open() as stream:

@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -23,6 +22,7 @@ import light_child
 import pytest
 import sqlalchemy as sa
 
+from forked import PROCESSES
 from llmprune_service import tables
 from llmprune_service.database import make_engine
 from llmprune_service.engine import JOBS, VERSION, Queue
@@ -36,9 +36,6 @@ _TERMINAL = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 _PATIENCE = 40.0
 _PR_SET_PDEATHSIG = 1
 _WRITTEN = "jobs, events, blocks, workers, leases, dbos.workflow_status, dbos.operation_outputs"
-# Workers are forked from one process that has imported their modules: a second less for each of the hundred.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["llmprune_service.worker"])
 T = TypeVar("T")
 
 
@@ -59,7 +56,7 @@ class Worker:
 
     def __init__(self, environment: Mapping[str, str], log: Path, slot: int, version: str) -> None:
         self.log = log
-        self.process: ForkServerProcess = _processes.Process(target=_work, args=(dict(environment), log, slot, version))
+        self.process: ForkServerProcess = PROCESSES.Process(target=_work, args=(dict(environment), log, slot, version))
         self.process.start()
         assert self.process.pid is not None
         self.pid: int = self.process.pid
@@ -113,7 +110,7 @@ class Fleet:
 
     def elsewhere(self, function: Callable[..., None], *arguments: object) -> int | None:
         """Call a function of a module, with settings and arguments, in a process of its own; returns its exit code."""
-        process = _processes.Process(target=_call, args=(self._environment, function, *arguments))
+        process = PROCESSES.Process(target=_call, args=(self._environment, function, *arguments))
         process.start()
         process.join(30)
         return process.exitcode
