@@ -22,6 +22,7 @@ from llmprune._version import __version__
 from llmprune.cli_convert import convert
 from llmprune.cli_measure import benchmark, generate
 from llmprune.cli_options import (
+    AllocationName,
     BatchSize,
     Calibration,
     Damping,
@@ -82,6 +83,7 @@ def prune(
     sparsity: Sparsity = None,
     pattern: PatternName = None,
     scope: ScopeName = None,
+    allocation: AllocationName = None,
     sequential: Sequential = None,
     skip: Skip = None,
     calibration: Calibration = None,
@@ -185,6 +187,7 @@ def plan(
     sparsity: Sparsity = None,
     pattern: PatternName = None,
     scope: ScopeName = None,
+    allocation: AllocationName = None,
     sequential: Sequential = None,
     skip: Skip = None,
     calibration: Calibration = None,

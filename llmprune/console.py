@@ -45,6 +45,7 @@ LABELS: dict[Stage, str] = {
     "load": "Loading model",
     "calibration": "Calibration text",
     "dense": "Measuring dense model",
+    "allocate": "Sharing sparsity",
     "prune": "Pruning blocks",
     "pruned": "Measuring pruned model",
     "save": "Writing checkpoint",
@@ -111,6 +112,9 @@ def _sparsity(report: Report) -> Table:
     num_zeros, numel = sum(site.num_zeros for site in sites), sum(site.numel for site in sites)
     add_row(table, f"{count(report.num_sites)} pruned sites", count(num_zeros), count(numel), percent(report.sparsity))
     model = report.model.num_parameters
+    if report.allocation:
+        lowest, highest = percent(report.allocation.min_sparsity), percent(report.allocation.max_sparsity)
+        add_row(table, f"  {report.allocation.name}, per matrix", "", "", f"{lowest} - {highest}")
     add_row(table, "whole model", count(report.num_zeros_model), count(model), percent(report.sparsity_of_model))
     return table
 

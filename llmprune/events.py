@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Report, SiteReport
 
-Stage = Literal["fetch", "load", "calibration", "dense", "prune", "pruned", "save", "benchmark", "generate", "convert"]
+Stage = Literal[
+    "fetch", "load", "calibration", "dense", "allocate", "prune", "pruned", "save", "benchmark", "generate", "convert"
+]
 
 
 class _Event(BaseModel):

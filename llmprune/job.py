@@ -19,11 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune import memory
 from llmprune._version import __version__
+from llmprune.allocation import Sharing
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.anatomy.sites import check_pattern, select
 from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.devices import PeakMemory, device_name, environment, free_bytes, memory_errors, module_device, pick_device
 from llmprune.engines.layerwise import Walk, fallback_messages
+from llmprune.engines.survey import check_budget
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, StageFinished, StageStarted, Warned
 from llmprune.io import checkpoint
@@ -36,10 +38,22 @@ from llmprune.measure.latency import DENSE_NOTE, measure_speed
 from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
 from llmprune.methods import get_method
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
-from llmprune.report import Benchmark, BlockReport, Latency, ModelReport, Packed, Quality, Report, Speed, StageReport
+from llmprune.report import (
+    AllocationReport,
+    Benchmark,
+    BlockReport,
+    Latency,
+    ModelReport,
+    Packed,
+    Quality,
+    Report,
+    Speed,
+    StageReport,
+)
 from llmprune.spec import Pattern, PruneConfig, default_seq_len
 
 _DENSE = "dense"
+_ALLOCATION = "allocation"
 
 
 @dataclass
@@ -64,6 +78,7 @@ class Job:
     stages: list[StageReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     resumed: bool = False
+    allocation: AllocationReport | None = None
     packed: Packed | None = None
     benchmark: Benchmark | None = None
 
@@ -79,6 +94,7 @@ class Job:
                 yield from self._calibrate()
                 self._open_journal()
                 yield from self._measure_dense()
+                yield from self._allocate()
                 yield from self._prune()
                 yield from self._measure_pruned()
                 yield from self._benchmark()
@@ -231,6 +247,27 @@ class Job:
             self.dense_hidden = hidden
         yield clock.finished()
 
+    def _allocate(self) -> Iterator[Event]:
+        """Share the zeros among the sites, after a survey of the dense model where the allocation needs one."""
+        config = self.config
+        if config.allocation == "uniform":
+            return
+        clock = self._clock("allocate")
+        if self.journal and self.journal.has(_ALLOCATION):
+            data = self.journal.read(_ALLOCATION, [])
+            self.allocation = AllocationReport.model_validate(data["allocation"])
+            yield clock.started(data["total"], resumed_at=data["total"])
+            yield clock.finished(data["seconds"])
+            return
+        assert self.model is not None
+        sharing = Sharing(self.model, self.stack, config, self.calibration.ids_NS, self.batch_size, self.device)
+        yield clock.started(sharing.num_steps)
+        self.allocation = yield from sharing.run()
+        if self.journal:
+            data = {"allocation": self.allocation.model_dump(mode="json"), "total": sharing.num_steps}
+            self.journal.write(_ALLOCATION, {**data, "seconds": clock.seconds}, {})
+        yield clock.finished()
+
     def _prune(self) -> Iterator[Event]:
         clock = self._clock("prune")
         start = self.journal.num_blocks() if self.journal else 0
@@ -240,7 +277,8 @@ class Job:
             device = module_device(self.model)
             batches = [batch.to(device) for batch in self.calibration.ids_NS.split(self.batch_size)]
             recording = record(self.model, self.stack, batches)
-        walk = Walk(self.stack, recording, self.config, self.device)
+        sparsities = self.allocation.sparsities if self.allocation else {}
+        walk = Walk(self.stack, recording, self.config, self.device, sparsities)
         self.walk_kind = walk.kind
         for index in range(start):
             assert self.journal
@@ -387,6 +425,7 @@ class Job:
             calibration=self.calibration.report,
             scope=self.config.target(get_method(self.config.method).scope).scope,
             walk=self.walk_kind,
+            allocation=self.allocation,
             blocks=tuple(self.blocks),
             quality=self.quality,
             latency=latency,
@@ -419,6 +458,7 @@ class Job:
                 f"nothing to prune: {sum(map(len, stack.sites))} sites in {stack.path}, all taken out by --skip."
             )
         check_pattern(chosen, pattern)
+        check_budget(self.config, chosen)
 
     def _choose_batch_size(self) -> int:
         assert self.model is not None

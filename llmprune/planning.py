@@ -20,9 +20,11 @@ from huggingface_hub import get_safetensors_metadata, hf_hub_download
 from transformers import PreTrainedModel
 
 from llmprune import memory
+from llmprune.allocate import ALLOCATORS
 from llmprune.anatomy.blocks import Stack, find_stack
 from llmprune.anatomy.sites import Site, check_pattern, select
 from llmprune.devices import device_name, free_bytes, pick_device
+from llmprune.engines.survey import check_budget, group_of, levels, probe_sequences
 from llmprune.errors import DoesNotFit
 from llmprune.io.models import build_empty, check_files, hub_errors, load_config, local_directory
 from llmprune.io.stdlib_text import stdlib_documents
@@ -85,6 +87,7 @@ class _Planner:
         stack = find_stack(model)
         self.sites = [site for sites in stack.sites for site in select(sites, config.skip)]
         check_pattern(self.sites, Pattern.parse(config.pattern))
+        check_budget(config, self.sites)
         self.need = method.needs
         self.seq_len = config.seq_len or default_seq_len(self.text_config)
         self.weights = sum(parameter.numel() for parameter in model.parameters()) * self.itemsize
@@ -165,6 +168,7 @@ class _Planner:
         needs = [
             ("load", 0.0, 0, 0),
             ("dense", (forward + head) * self.evaluation_tokens, scoring + activations, dense_hidden),
+            *self._survey(forward, tokens, pruning),
             ("prune", (forward * passes) * tokens + gram, pruning, 0),
             ("pruned", (forward + 2 * head) * self.evaluation_tokens, comparing + activations, dense_hidden),
             ("save", 0.0, 0, 0),
@@ -172,13 +176,37 @@ class _Planner:
         stages = []
         for name, flops, working, kept in needs:
             weights = 0 if resident else self.weights
-            on_device = (self.weights if resident else self.block_weights if name == "prune" else self.weights) + working
+            on_device = (
+                self.weights if resident else self.block_weights if name in ("prune", "allocate") else self.weights
+            ) + working
             cpu = base + weights + kept + (0 if on_gpu else working)
             seconds = flops / rate + (self.weights / 1e9 if name in ("load", "save") else 0.0)
             stages.append(
                 StagePlan(name=name, seconds=seconds, peak_cpu_bytes=int(cpu), peak_gpu_bytes=int(on_device) if on_gpu else 0)
             )
         return stages
+
+    def _survey(self, forward: float, tokens: int, pruning: int) -> list[tuple[str, float, int, int]]:
+        """What the pass over the dense model needs, where the allocation takes one: name, operations, working and kept bytes.
+
+        Curves take the Gram matrices, and a stream of the probe sequences for every group of sites.
+        """
+        if self.config.allocation == "uniform":
+            return []
+        facts = ALLOCATORS[self.config.allocation].needs
+        if facts == "shapes":
+            return [("allocate", 0.0, 0, 0)]
+        if facts == "scores":
+            return [("allocate", forward * tokens, pruning, 0)]
+        groups = {group_of(site) for site in self.sites}
+        probes = probe_sequences(self.config.num_samples, self.seq_len) * self.seq_len
+        gram = 2.0 * tokens * sum(site.shape[1] ** 2 for site in self._leaders())
+        errors = 4.0 * (2 + len(levels(self.config.sparsity))) * sum(site.numel * site.shape[1] for site in self.sites)
+        head = 2.0 * self.text_config.vocab_size * self.text_config.hidden_size
+        flops = forward * tokens + gram + errors + len(groups) * probes * (forward / 2 + head)
+        streams = (len(groups) + 1) * probes * self.text_config.hidden_size * self.itemsize
+        solving = memory.solve_bytes(self.sites, Need.GRAM) - memory.solve_bytes(self.sites, self.need)
+        return [("allocate", flops, pruning + solving, streams)]
 
     def _problems(self, peak_cpu: int, free_cpu: int, peak_gpu: int, free_gpu: int, disk: int, free_disk: int) -> list[str]:
         problems = []

@@ -30,7 +30,7 @@ class SiteReport(Part):
 
     ``num_tokens`` is how many calibration tokens reached it (for an expert, those routed to it). ``output_error`` is
     ||(W - W') X||_F^2 / ||W X||_F^2 on the calibration inputs, for methods that hold the Gram matrix. ``fallback`` says
-    why the site was scored by its weights alone, if it was.
+    why the site was scored by its weights alone, if it was. ``target`` is the sparsity the allocation gave it.
     """
 
     name: str
@@ -40,6 +40,7 @@ class SiteReport(Part):
     num_tokens: int = 0
     output_error: float | None = None
     fallback: str | None = None
+    target: float | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -61,6 +62,36 @@ class BlockReport(Part):
     def sparsity(self) -> float:
         """Fraction of zeros among the weights of the block's pruned sites."""
         return _fraction(self.sites)
+
+
+class AllocationReport(Part):
+    """How the zeros were shared among the sites: sparsities by site name, and the zeros they are together.
+
+    ``num_zeros`` is the target's share of ``numel`` in whole units: a weight, or for scope ``row`` a weight of every row.
+    """
+
+    name: str
+    num_zeros: int
+    numel: int
+    sparsities: dict[str, float]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        """The mean over the weights of all sites."""
+        return self.num_zeros / self.numel if self.numel else 0.0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def min_sparsity(self) -> float:
+        """The lowest of a site."""
+        return min(self.sparsities.values(), default=0.0)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def max_sparsity(self) -> float:
+        """The highest of a site."""
+        return max(self.sparsities.values(), default=0.0)
 
 
 class TextReport(Part):
@@ -321,6 +352,7 @@ class Report(Part):
     calibration: TextReport | None
     scope: str
     walk: str
+    allocation: AllocationReport | None = None
     blocks: tuple[BlockReport, ...]
     quality: tuple[Quality, ...]
     latency: Latency | None

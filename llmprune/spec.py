@@ -18,6 +18,7 @@ from llmprune.errors import ConfigError, PatternError
 
 Scope = Literal["row", "matrix", "block"]
 Sequential = Literal["block", "group"]
+Allocation = Literal["uniform", "erk", "owl", "pqi", "dp"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Export = Literal["dense", "packed"]
 PackedFormat = Literal["2:4", "bitmask"]
@@ -124,6 +125,9 @@ class PruneConfig(BaseModel):
     )
     pattern: str = Field("unstructured", description="'unstructured' or n:m (n kept of every m), such as 2:4.")
     scope: Scope | None = Field(None, description="Set in which scores compete; default is the method's own paper's.")
+    allocation: Allocation = Field(
+        "uniform", description="How sparsity is shared among the sites: uniform, erk, owl, pqi or dp; the mean is the target."
+    )
     sequential: Sequential = Field(
         "block",
         description="Recompute inputs once per 'block', as the papers do, or after each 'group' of sites sharing one.",
@@ -180,7 +184,12 @@ class PruneConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        Pattern.parse(self.pattern)
+        pattern = Pattern.parse(self.pattern)
+        if self.allocation != "uniform" and pattern.m is not None:
+            raise ConfigError(
+                f"pattern {pattern} fixes the sparsity of every site, so allocation {self.allocation!r} has nothing to share. "
+                "Drop --allocation, or choose the unstructured pattern."
+            )
         return self
 
     @classmethod
@@ -210,7 +219,7 @@ class PruneConfig(BaseModel):
         return ("stdlib",) if self.model == BUNDLED_MODEL and not in_memory else ("wikitext2",)
 
     def target(self, default_scope: Scope) -> Target:
-        """The target of every site under this config (uniform allocation)."""
+        """The target of every site under uniform allocation; another one changes its sparsity alone."""
         return Target(Pattern.parse(self.pattern), self.sparsity, self.scope or default_scope)
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,17 +49,21 @@ class Walk:
         hidden: per batch, the inputs of the next block to prune [N, S, H]; replaced as the walk goes on. A journal
             stores them and puts them back to go on from block ``start``.
         device: where blocks compute; blocks and hidden states are brought there and taken back.
+        sparsities: target of each site by name, from an allocation; the config's own for the others.
+        needs: the statistics that are collected, the method's own unless more is asked for.
     """
 
     stack: Stack
     recording: Recording
     config: PruneConfig
     device: torch.device
+    sparsities: Mapping[str, float] = field(default_factory=dict)
     hidden: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.hidden = self.recording.hidden
         self.method = get_method(self.config.method)
+        self.needs = self.method.needs
         self.target = self.config.target(self.method.scope)
         self.fallback = METHODS["magnitude"]
 
@@ -114,7 +118,7 @@ class Walk:
         reports = []
         pending = {site.name: site for site in sites}
         while pending:
-            collected = self._collect(index, block, pending, whole=self.kind == "two-pass")
+            collected = self.collect(index, block, pending, whole=self.kind == "two-pass")
             if not collected:
                 break
             reports += [self._prune(pending.pop(name), stats) for name, stats in collected.items()]
@@ -133,7 +137,7 @@ class Walk:
                 return
             stats = shared.get(x_TI)
             if stats is None:
-                stats = LinearStats(site.shape[1], self.method.needs, x_TI.device)
+                stats = LinearStats(site.shape[1], self.needs, x_TI.device)
                 stats.update(x_TI)
                 shared.put(x_TI, stats)
             reports.append(self._prune(pending.pop(site.name), stats))
@@ -147,10 +151,13 @@ class Walk:
             self._forward(index, block, 0, keep=True)
         return reports
 
-    def _collect(self, index: int, block: nn.Module, pending: dict[str, Site], *, whole: bool) -> dict[str, LinearStats]:
+    def collect(
+        self, index: int, block: nn.Module, pending: Mapping[str, Site], *, whole: bool, keep: bool = False
+    ) -> dict[str, LinearStats]:
         """Statistics of all pending sites (``whole``), or of the first group of them that shares an input.
 
-        Experts of one parameter form one group: none of their inputs depends on another's output.
+        Experts of one parameter form one group: none of their inputs depends on another's output. With ``keep`` (and
+        ``whole``) the same forward gives the next block's inputs: those of a block that is to stay as it is.
         """
         collected: dict[str, LinearStats] = {}
         group: set[int] = set()  # ids of the statistics of the open group
@@ -169,7 +176,7 @@ class Walk:
                     return  # a later expert of this group may still come
                 raise _GroupComplete
             if stats is None or (own is not None and own is not stats):
-                stats = own or LinearStats(site.shape[1], self.method.needs, x_TI.device)
+                stats = own or LinearStats(site.shape[1], self.needs, x_TI.device)
                 stats.update(x_TI)
                 shared.put(x_TI, stats)
             collected[site.name] = stats
@@ -181,7 +188,7 @@ class Walk:
             shared = SharedInputs()
             with Watcher(pending.values(), on_input):
                 try:
-                    self._forward(index, block, batch, keep=False)
+                    self._forward(index, block, batch, keep=keep)
                 except _GroupComplete:
                     pass
         return collected
@@ -197,36 +204,44 @@ class Walk:
                 )
             self.hidden[batch] = output_NSH.to(self.hidden[batch].device)
 
-    def _prune(self, site: Site, stats: LinearStats | None) -> SiteReport:
-        """Prune one site in place; without usable statistics by its weights alone."""
-        num_tokens = stats.num_tokens if stats else 0
-        starved = site.expert is not None and num_tokens < MIN_EXPERT_TOKENS
-        method = self.fallback if stats is None or starved else self.method
+    def solve(self, site: Site, stats: LinearStats | None, sparsity: float) -> tuple[Tensor, LinearStats, bool]:
+        """The site's pruned weight [O, I], the statistics it was pruned by, and whether by its weights alone: so where no
+        token, or of an expert's hardly any, was seen. The model is not changed.
+        """
+        starved = stats is None or (site.expert is not None and stats.num_tokens < MIN_EXPERT_TOKENS)
+        method = self.fallback if starved else self.method
         if stats is None or method is self.fallback:
             stats = LinearStats(site.shape[1], Need.NOTHING, site.stored.device)
         elif not bool(torch.isfinite(stats.sq_I).all()):
             raise NonFiniteError(f"the calibration activations of {site.name} overflow fp32. Use --dtype float32 or bfloat16.")
-        dense_OI = site.weight_OI
         # The CPU generator keeps 32 bits of its seed: a hash of both, and the same whatever was pruned before.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {site.name}".encode()))
+        target = replace(self.target, sparsity=sparsity)
         try:
-            pruned_OI = method.prune(dense_OI, stats, self.target, damping=self.config.damping, generator=generator)
+            pruned_OI = method.prune(site.weight_OI, stats, target, damping=self.config.damping, generator=generator)
         except FactorizationError as error:
             raise FactorizationError(f"{site.name}: {error} Raise --damping, or use --dtype float32.") from None
-        output_error = _output_error(dense_OI, pruned_OI, stats)
+        return pruned_OI, stats, method is not self.method
+
+    def _prune(self, site: Site, stats: LinearStats | None) -> SiteReport:
+        """Prune one site in place; without usable statistics by its weights alone."""
+        num_tokens = stats.num_tokens if stats else 0
+        sparsity = self.sparsities.get(site.name, self.target.sparsity)
+        pruned_OI, stats, fell_back = self.solve(site, stats, sparsity)
+        output_error = relative_output_error(site.weight_OI, pruned_OI, stats)
         num_zeros = write_(site, pruned_OI)
         fallback = None
-        if method is not self.method and self.method.needs > Need.NOTHING:
+        if fell_back and self.method.needs > Need.NOTHING:
             fallback = f"scored by magnitude: {num_tokens} calibration tokens reached it"
         elif (used := stats.damping_used) and used > self.config.damping:
             fallback = f"damping raised to {used:g}"
         return SiteReport(
             name=site.name, shape=site.shape, numel=site.numel, num_zeros=num_zeros, num_tokens=num_tokens,
-            output_error=output_error, fallback=fallback,
+            output_error=output_error, fallback=fallback, target=sparsity,
         )  # fmt: skip
 
 
-def _output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStats) -> float | None:
+def relative_output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStats) -> float | None:
     """||(W - W') X||_F^2 / ||W X||_F^2 = tr(D G D^T) / tr(W G W^T); None without the Gram matrix."""
     if stats.gram_II is None:
         return None

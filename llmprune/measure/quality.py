@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,23 @@ def replay_head(model: PreTrainedModel, stack: Stack, ids_NS: Tensor, hidden_NSH
         return (hidden_NSH.to(args[0].device), *args[1:])
 
     handle = head.register_forward_pre_hook(swap)
+    try:
+        with stubbed(stack):
+            logits: Tensor = model(input_ids=ids_NS, use_cache=False).logits
+            return logits
+    finally:
+        handle.remove()
+
+
+def replay_tail(model: PreTrainedModel, stack: Stack, ids_NS: Tensor, hidden_NSH: Tensor) -> Tensor:
+    """The logits [N, S, V] that whatever follows the stack (final norm, head, soft-caps) makes of the last block's output."""
+
+    def swap(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return hidden_NSH.to(output.device)
+        return (hidden_NSH.to(output[0].device), *output[1:])
+
+    handle = stack.blocks[-1].register_forward_hook(swap)
     try:
         with stubbed(stack):
             logits: Tensor = model(input_ids=ids_NS, use_cache=False).logits

@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 
 from llmprune import errors, events
+from llmprune.allocate import ALLOCATORS
 from llmprune.cli import app
 from llmprune.io.text import NAMES
 from llmprune.methods import METHODS
@@ -41,9 +42,9 @@ def test_every_field_describes_itself(field: str) -> None:
     assert PruneConfig.model_fields[field].description
 
 
-@pytest.mark.parametrize("name", [*METHODS, *NAMES, *ERRORS, *EVENTS, *get_args(events.Stage)])
+@pytest.mark.parametrize("name", [*METHODS, *ALLOCATORS, *NAMES, *ERRORS, *EVENTS, *get_args(events.Stage)])
 def test_every_name_is_in_the_guide(name: str) -> None:
-    """Methods, texts, errors, events and stages."""
+    """Methods, allocations, texts, errors, events and stages."""
     assert f"`{name}`" in GUIDE or f"`llmprune.{name}`" in GUIDE
 
 
@@ -67,3 +68,8 @@ def test_every_error_is_drawn_in_the_tree() -> None:
     assert len(ERRORS) > 15
     for name in ERRORS:
         assert name in (errors.__doc__ or "")
+
+
+def test_the_config_takes_every_allocation() -> None:
+    """The literal of the field and the table have the same names."""
+    assert set(get_args(PruneConfig.model_fields["allocation"].annotation)) == set(ALLOCATORS)

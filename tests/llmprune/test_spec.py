@@ -97,6 +97,7 @@ def test_unknown_field_lists_the_known_ones() -> None:
         ("eval", [1]),
         ("latency", "perhaps"),
         ("model", 3),
+        ("allocation", "owls"),
     ],
 )
 def test_bad_values_name_their_field_and_value(field: str, value: Any) -> None:
