@@ -29,6 +29,7 @@ from llmprune.io.render import (
     pair_speeds,
     percent,
     rate,
+    reconstruction_line,
     size,
     target_percent,
     times,
@@ -67,6 +68,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.quality:
         console.print(_quality(report))
     console.print(_sparsity(report))
+    if line := reconstruction_line(report):
+        console.print(Text(line))
     if report.latency:
         console.print(_speed(report.latency))
         if report.latency.note:

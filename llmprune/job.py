@@ -21,10 +21,10 @@ from llmprune import memory
 from llmprune._version import __version__
 from llmprune.allocation import Sharing
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
-from llmprune.anatomy.sites import check_pattern, select
+from llmprune.anatomy.sites import check_pattern, select, total_weights
 from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.devices import PeakMemory, device_name, environment, free_bytes, memory_errors, module_device, pick_device
-from llmprune.engines.layerwise import Walk, fallback_messages
+from llmprune.engines.layerwise import Walk, block_messages
 from llmprune.engines.survey import check_budget
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, StageFinished, StageStarted, Warned
@@ -280,12 +280,15 @@ class Job:
         sparsities = self.allocation.sparsities if self.allocation else {}
         walk = Walk(self.stack, recording, self.config, self.device, sparsities)
         self.walk_kind = walk.kind
+        if start and walk.dense and not recording.stateful:
+            with eager_experts(self.model):
+                walk.replay(start, dense=True)
         for index in range(start):
             assert self.journal
             report, weights = self.journal.read_block(index)
             self.stack.blocks[index].load_state_dict(weights, strict=False)
             self.blocks.append(report)
-            self.warnings += fallback_messages(report.sites)
+            self.warnings += block_messages(report)
         if start and recording.stateful:
             with eager_experts(self.model):
                 walk.replay(start)
@@ -472,6 +475,7 @@ class Job:
             need=get_method(self.config.method).needs,
             one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device),
+            tuned_sites=max(self.stack.sites, key=total_weights) if self.config.reconstruct else (),
         )
 
     def _num_windows(self) -> int:
@@ -533,7 +537,7 @@ def describe_model(model: PreTrainedModel, stack: Stack, source: Source | None) 
         model_type=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in parameters),
-        num_prunable=sum(site.numel for sites in stack.sites for site in sites),
+        num_prunable=sum(map(total_weights, stack.sites)),
         num_blocks=len(stack.blocks),
         weights_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     )

@@ -13,6 +13,9 @@ from llmprune.spec import Need
 STAGED_TOKENS = 8192
 """Tokens of one forward when the calibration set goes through a block in several batches."""
 
+RECONSTRUCTION_BATCHES = 8
+"""Batches that reconstruction wants at least: one held out, the others in turn."""
+
 
 def block_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_size: int, itemsize: int, need: Need) -> int:
     """Peak of one block's forward over T tokens beside its input: residual, the widest three intermediates at once
@@ -24,6 +27,27 @@ def block_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_siz
     if need == Need.GRAM and itemsize < 4:
         live += num_tokens * 4 * max((site.shape[1] for site in sites), default=0)
     return live
+
+
+def tuning_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_size: int, itemsize: int) -> int:
+    """What a block's forward over T tokens keeps for its backward: input and output of every product, of two experts of
+    each parameter, and as much again for the functions between them; the residual in fp32 beside its target.
+    """
+    seen: dict[tuple[int, str], int] = {}
+    widths = 0
+    for site in sites:
+        key = (id(site.module), site.parameter)
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] <= 2:
+            widths += sum(site.shape)
+    return num_tokens * (2 * widths * itemsize + 3 * 4 * hidden_size)
+
+
+def tuning_state_bytes(block_sites: Sequence[Site], itemsize: int) -> int:
+    """What reconstruction holds of one block's sites: master copy, gradient and both Adam moments in fp32, the best weights
+    so far and those of this step in their own dtype, and the support.
+    """
+    return sum(site.numel for site in block_sites) * (4 * 4 + 2 * itemsize + 1)
 
 
 def solve_bytes(sites: Sequence[Site], need: Need) -> int:
@@ -53,13 +77,22 @@ def choose_batch_size(
     need: Need,
     one_pass: bool,
     free_bytes: int,
+    tuned_sites: Sequence[Site] = (),
 ) -> int:
     """Calibration sequences per forward: all of them where one pass is wanted and fits in half of what is free, else as
     many as keep the block's activations below the hidden states of the calibration set.
+
+    With ``tuned_sites``, those of the largest block that is to be reconstructed, there is room for its tuning too, and at
+    least RECONSTRUCTION_BATCHES batches where there are as many sequences.
     """
     activations = block_activation_bytes(sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need)
     hidden = num_samples * seq_len * hidden_size * itemsize
     budget = free_bytes // 2 - 2 * hidden - solve_bytes(sites, need)
-    if one_pass and num_samples * activations <= budget:
+    if one_pass and not tuned_sites and num_samples * activations <= budget:
         return num_samples
-    return max(1, min(num_samples, STAGED_TOKENS // seq_len, hidden // activations, budget // activations))
+    staged = max(1, min(num_samples, STAGED_TOKENS // seq_len, hidden // activations, budget // activations))
+    if not tuned_sites:
+        return staged
+    budget = free_bytes // 2 - 3 * hidden - tuning_state_bytes(tuned_sites, itemsize)
+    kept = tuning_activation_bytes(tuned_sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize)
+    return max(1, min(staged, num_samples // RECONSTRUCTION_BATCHES, budget // kept))

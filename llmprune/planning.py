@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from llmprune import memory
 from llmprune.allocate import ALLOCATORS
 from llmprune.anatomy.blocks import Stack, find_stack
-from llmprune.anatomy.sites import Site, check_pattern, select
+from llmprune.anatomy.sites import Site, check_pattern, select, total_weights
 from llmprune.devices import device_name, free_bytes, pick_device
+from llmprune.engines.reconstruct import HELD_OUT, NUM_CHECKS
 from llmprune.engines.survey import check_budget, group_of, levels, probe_sequences
 from llmprune.errors import DoesNotFit
 from llmprune.io.models import build_empty, check_files, hub_errors, load_config, local_directory
@@ -86,6 +87,8 @@ class _Planner:
         self.itemsize = getattr(torch, dtype).itemsize
         stack = find_stack(model)
         self.sites = [site for sites in stack.sites for site in select(sites, config.skip)]
+        blocks = [select(sites, config.skip) for sites in stack.sites]
+        self.tuned_sites = max(blocks, key=total_weights) if config.reconstruct else []
         check_pattern(self.sites, Pattern.parse(config.pattern))
         check_budget(config, self.sites)
         self.need = method.needs
@@ -159,6 +162,13 @@ class _Planner:
             + self._activations(batch_size * self.seq_len)
             + memory.solve_bytes(self.sites, self.need)
         )
+        tuning = 0.0
+        if config.reconstruct:
+            # A backward costs two forwards; the dense hidden states go on once, held-out batches a few times.
+            batch_tokens = batch_size * self.seq_len
+            held_out = HELD_OUT * (NUM_CHECKS + 1) * tokens
+            tuning = forward * (3 * batch_tokens * config.reconstruct_steps + held_out + tokens)
+            pruning = max(pruning, self._tuning_bytes(batch_tokens)) + 2 * hidden
         passes = {"two-pass": 2.0, "one-pass": 1.0}.get(self._walk(batch_size), 2.6)
         gram = 0.0
         if self.need == Need.GRAM:
@@ -169,7 +179,7 @@ class _Planner:
             ("load", 0.0, 0, 0),
             ("dense", (forward + head) * self.evaluation_tokens, scoring + activations, dense_hidden),
             *self._survey(forward, tokens, pruning),
-            ("prune", (forward * passes) * tokens + gram, pruning, 0),
+            ("prune", (forward * passes) * tokens + gram + tuning, pruning, 0),
             ("pruned", (forward + 2 * head) * self.evaluation_tokens, comparing + activations, dense_hidden),
             ("save", 0.0, 0, 0),
         ]
@@ -238,6 +248,7 @@ class _Planner:
             self.sites, num_samples=num_samples, seq_len=self.seq_len, hidden_size=self.text_config.hidden_size,
             itemsize=self.itemsize, need=self.need, one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device) - (self.weights if self.device.type == "cpu" else 0),
+            tuned_sites=self.tuned_sites,
         )  # fmt: skip
 
     def _walk(self, batch_size: int) -> str:
@@ -248,6 +259,12 @@ class _Planner:
     def _activations(self, num_tokens: int) -> int:
         return memory.block_activation_bytes(
             self.sites, num_tokens=num_tokens, hidden_size=self.text_config.hidden_size, itemsize=self.itemsize, need=self.need
+        )
+
+    def _tuning_bytes(self, num_tokens: int) -> int:
+        hidden_size = self.text_config.hidden_size
+        return memory.tuning_state_bytes(self.tuned_sites, self.itemsize) + memory.tuning_activation_bytes(
+            self.tuned_sites, num_tokens=num_tokens, hidden_size=hidden_size, itemsize=self.itemsize
         )
 
     def _leaders(self) -> list[Site]:

@@ -29,8 +29,9 @@ class SiteReport(Part):
     """One pruned weight matrix.
 
     ``num_tokens`` is how many calibration tokens reached it (for an expert, those routed to it). ``output_error`` is
-    ||(W - W') X||_F^2 / ||W X||_F^2 on the calibration inputs, for methods that hold the Gram matrix. ``fallback`` says
-    why the site was scored by its weights alone, if it was. ``target`` is the sparsity the allocation gave it.
+    ||(W - W') X||_F^2 / ||W X||_F^2 on the calibration inputs, for methods that hold the Gram matrix, before any
+    reconstruction. ``fallback`` says why the site was scored by its weights alone, if it was. ``target`` is the sparsity the
+    allocation gave it.
     """
 
     name: str
@@ -49,13 +50,28 @@ class SiteReport(Part):
         return self.num_zeros / self.numel if self.numel else 0.0
 
 
+class Reconstruction(Part):
+    """How the kept weights of one block were tuned against the dense model.
+
+    Errors are ||pruned - dense||_F^2 / ||dense||_F^2 of the hidden states after the block, on calibration sequences that were
+    not tuned on. ``rolled_back`` says that no state with a lower error was found: the block is as the method left it.
+    """
+
+    error_before: float
+    error_after: float
+    steps: int
+    seconds: float
+    rolled_back: bool = False
+
+
 class BlockReport(Part):
-    """One decoder block: its sites and the seconds it took."""
+    """One decoder block: its sites and the seconds it took, ``reconstruction`` included if there was one."""
 
     index: int
     name: str
     seconds: float
     sites: tuple[SiteReport, ...]
+    reconstruction: Reconstruction | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

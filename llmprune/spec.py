@@ -6,6 +6,7 @@ Torch-free.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import IntEnum
@@ -28,6 +29,8 @@ BUNDLED_MODEL = "demo"
 PACKING_METHOD = "llmprune"
 """``quant_method`` in the config.json of a packed checkpoint."""
 DEFAULT_SPARSITY = 0.5
+DEFAULT_RECONSTRUCT_STEPS = 120
+DEFAULT_RECONSTRUCT_LR = 0.02
 MAX_DEFAULT_SEQ_LEN = 2048
 _N_TO_M = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
 _MAX_M = 32
@@ -154,6 +157,15 @@ class PruneConfig(BaseModel):
     )
     latency: bool = Field(True, description="Measure prefill and decode speed, dense and pruned.")
     damping: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Fraction of the mean Gram diagonal added to it.")
+    reconstruct: bool = Field(
+        False, description="Tune the kept weights of each pruned block against the dense model's hidden states."
+    )
+    reconstruct_steps: Annotated[int, Field(ge=1)] = Field(
+        DEFAULT_RECONSTRUCT_STEPS, description="Optimiser steps per block at most, of one calibration batch each."
+    )
+    reconstruct_lr: Annotated[float, Field(gt=0, lt=math.inf)] = Field(
+        DEFAULT_RECONSTRUCT_LR, description="First step of a weight, as a fraction of its matrix's root mean square."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...: where blocks are pruned and evaluated.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto keeps the checkpoint's.")
     export: Export = Field(
@@ -189,6 +201,11 @@ class PruneConfig(BaseModel):
             raise ConfigError(
                 f"pattern {pattern} fixes the sparsity of every site, so allocation {self.allocation!r} has nothing to share. "
                 "Drop --allocation, or choose the unstructured pattern."
+            )
+        if self.reconstruct and (self.num_samples < 2 or (self.batch_size or 0) >= self.num_samples):
+            raise ConfigError(
+                "reconstruct holds a part of the calibration batches out: it needs num_samples of at least 2 and a smaller "
+                f"batch_size, got {self.num_samples} and {self.batch_size}. Lower --batch-size or raise --num-samples."
             )
         return self
 

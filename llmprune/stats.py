@@ -5,12 +5,16 @@ I in features, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-from llmprune.linalg import inverse_factor
+from llmprune.linalg import Spectrum, inverse_factor, spectrum
 from llmprune.spec import Need
 
+T = TypeVar("T")
 _ROWS = 4096  # summed by themselves first, so that rounding does not grow with T and no fp32 copy is whole
 
 
@@ -30,13 +34,13 @@ class LinearStats:
         self.need = need
         self.sq_I = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device) if need >= Need.GRAM else None
-        self._factor: tuple[float, Tensor, float] | None = None
+        self._solved: tuple[tuple[object, float], Any, float] | None = None
 
     def update(self, x_TI: Tensor) -> None:
         """Add tokens; ``x_TI`` is [..., I] in any float dtype and is read only."""
         x_TI = x_TI.detach().reshape(-1, x_TI.shape[-1])
         self.num_tokens += x_TI.shape[0]
-        self._factor = None
+        self._solved = None
         if self.need == Need.NOTHING:
             return
         if self.gram_II is not None:
@@ -52,7 +56,7 @@ class LinearStats:
         """Add another shard's sums, of the same statistics."""
         assert other.need == self.need and other.sq_I.shape == self.sq_I.shape
         self.num_tokens += other.num_tokens
-        self._factor = None
+        self._solved = None
         self.sq_I += other.sq_I
         if self.gram_II is not None and other.gram_II is not None:
             self.gram_II += other.gram_II
@@ -60,15 +64,25 @@ class LinearStats:
     @property
     def damping_used(self) -> float | None:
         """The damping the last factorisation took; None before one."""
-        return self._factor[2] if self._factor else None
+        return self._solved[2] if self._solved else None
 
     def inverse_factor(self, damping: float) -> Tensor:
         """Upper Cholesky factor of the damped inverse Gram, fp32 [I, I]; computed once per group of sites."""
+        return self._solve(inverse_factor, damping)
+
+    def spectrum(self, damping: float) -> Spectrum:
+        """Eigendecomposition of the damped Gram scaled to a unit diagonal; computed once per group of sites."""
+        return self._solve(spectrum, damping)
+
+    def _solve(self, solve: Callable[[Tensor, float], tuple[T, float]], damping: float) -> T:
+        """What ``solve`` makes of the Gram matrix; the last result is kept until the sums change."""
         assert self.gram_II is not None
-        if self._factor is None or self._factor[0] != damping:
-            factor_II, used = inverse_factor(self.gram_II, damping)
-            self._factor = (damping, factor_II, used)
-        return self._factor[1]
+        key = (solve, damping)
+        if self._solved is None or self._solved[0] != key:
+            self._solved = None  # not two at a time
+            self._solved = (key, *solve(self.gram_II, damping))
+        result: T = self._solved[1]
+        return result
 
 
 def _sum_of_squares(x_TI: Tensor) -> Tensor:

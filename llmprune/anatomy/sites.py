@@ -117,6 +117,11 @@ def select(sites: Iterable[Site], skip: Sequence[str]) -> list[Site]:
     return [site for site in sites if not any(fnmatchcase(site.name, glob) for glob in skip)]
 
 
+def total_weights(sites: Iterable[Site]) -> int:
+    """Number of weights of all these sites."""
+    return sum(site.numel for site in sites)
+
+
 def check_pattern(sites: Iterable[Site], pattern: Pattern) -> None:
     """Raise PatternError, naming the site, where an n:m pattern does not divide the inputs."""
     for site in sites:

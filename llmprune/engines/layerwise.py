@@ -7,15 +7,17 @@ Three walks, chosen by ``sequential`` and by what fits in memory:
 - staged (``group``, several batches): one partial forward per group of sites that share an input, then one full forward;
 - two-pass (``block``): one forward of the dense block collects everything, a second one propagates.
 
-One-pass and staged prune every site on the same inputs. T tokens, I in and O out features.
+One-pass and staged prune every site on the same inputs. With ``reconstruct`` the dense model's hidden states are carried along,
+and the kept weights of each pruned block are tuned to them before its outputs go on. T tokens, I in and O out features.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +26,22 @@ from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.anatomy.sites import Site, select, write_
 from llmprune.anatomy.watch import SharedInputs, Watcher
 from llmprune.devices import module_device, placed
+from llmprune.engines.reconstruct import reconstruct_
 from llmprune.errors import FactorizationError, NonFiniteError
-from llmprune.events import BlockFinished, BlockStarted, SitePruned, Warned
+from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, Warned
 from llmprune.methods import METHODS, get_method
-from llmprune.report import BlockReport, SiteReport
+from llmprune.report import BlockReport, Reconstruction, SiteReport
 from llmprune.spec import Need, PruneConfig
 from llmprune.stats import LinearStats
 
-WalkEvent = BlockStarted | SitePruned | BlockFinished | Warned
+WalkEvent = BlockStarted | Progress | SitePruned | BlockFinished | Warned
 
 MIN_EXPERT_TOKENS = 16
 """An expert that fewer calibration tokens reached is scored by its weights alone."""
+
+
+PROGRESS_STEPS = 10
+"""Steps of reconstruction between two events of progress."""
 
 
 class _GroupComplete(Exception):
@@ -48,6 +55,7 @@ class Walk:
     Attributes:
         hidden: per batch, the inputs of the next block to prune [N, S, H]; replaced as the walk goes on. A journal
             stores them and puts them back to go on from block ``start``.
+        dense: per batch the dense model's hidden states at the same place, to reconstruct to; empty without.
         device: where blocks compute; blocks and hidden states are brought there and taken back.
         sparsities: target of each site by name, from an allocation; the config's own for the others.
         needs: the statistics that are collected, the method's own unless more is asked for.
@@ -59,9 +67,11 @@ class Walk:
     device: torch.device
     sparsities: Mapping[str, float] = field(default_factory=dict)
     hidden: list[Tensor] = field(init=False)
+    dense: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.hidden = self.recording.hidden
+        self.dense = list(self.hidden) if self.config.reconstruct else []
         self.method = get_method(self.config.method)
         self.needs = self.method.needs
         self.target = self.config.target(self.method.scope)
@@ -90,31 +100,48 @@ class Walk:
             sites = select(self.stack.sites[index], self.config.skip)
             home = module_device(block)
             with placed(block, self.device if home.type == "cpu" else home):
-                reports = self._prune_block(index, block, sites)
+                reports, reconstruction = yield from self._prune_block(index, block, sites)
             order = {site.name: position for position, site in enumerate(sites)}
             reports.sort(key=lambda report: order[report.name])
             for report in reports:
                 yield SitePruned(block=index, site=report)
-            for message in fallback_messages(reports):
-                yield Warned(message=message)
             seconds = time.perf_counter() - begun
-            summary = BlockReport(index=index, name=name, seconds=seconds, sites=tuple(reports))
+            summary = BlockReport(index=index, name=name, seconds=seconds, sites=tuple(reports), reconstruction=reconstruction)
+            for message in block_messages(summary):
+                yield Warned(message=message)
             yield BlockFinished(block=index, num_blocks=num_blocks, report=summary)
 
     @torch.no_grad()
-    def replay(self, num_blocks: int) -> None:
-        """Carry the hidden states through the first blocks as they are: for blocks pruned in an earlier process."""
+    def replay(self, num_blocks: int, *, dense: bool = False) -> None:
+        """Carry the hidden states through the first blocks as they are: for blocks pruned in an earlier process.
+
+        With ``dense`` those of the dense model, before the pruned weights are put back.
+        """
         for index in range(num_blocks):
             block = self.stack.blocks[index]
             home = module_device(block)
             with placed(block, self.device if home.type == "cpu" else home):
-                for batch in range(len(self.hidden)):
-                    self._forward(index, block, batch, keep=True)
+                if dense:
+                    self._advance_dense(index, block)
+                else:
+                    self._advance(index, block)
 
-    def _prune_block(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
+    def _prune_block(
+        self, index: int, block: nn.Module, sites: Sequence[Site]
+    ) -> Generator[Progress, None, tuple[list[SiteReport], Reconstruction | None]]:
         repeated = self.stack.repeated.intersection(site.name for site in sites)
         if self.kind == "one-pass" and not repeated:
-            return self._one_pass(index, block, sites)
+            return self._one_pass(index, block, sites), None
+        if self.dense:
+            self._advance_dense(index, block)
+        reports = self._prune_in_stages(index, block, sites)
+        reconstruction = None
+        if self.dense and sites:
+            reports, reconstruction = yield from self._reconstruct(index, block, sites, reports)
+        self._advance(index, block)
+        return reports, reconstruction
+
+    def _prune_in_stages(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
         reports = []
         pending = {site.name: site for site in sites}
         while pending:
@@ -122,10 +149,33 @@ class Walk:
             if not collected:
                 break
             reports += [self._prune(pending.pop(name), stats) for name, stats in collected.items()]
-        reports += [self._prune(site, None) for site in pending.values()]
-        for batch in range(len(self.hidden)):
-            self._forward(index, block, batch, keep=True)
-        return reports
+        return reports + [self._prune(site, None) for site in pending.values()]
+
+    def _reconstruct(
+        self, index: int, block: nn.Module, sites: Sequence[Site], reports: list[SiteReport]
+    ) -> Generator[Progress, None, tuple[list[SiteReport], Reconstruction]]:
+        """Tune the block to the dense model's outputs; the reports' zeros are counted again, for a cast can add some."""
+        name = self.stack.name(index)
+
+        def replay(run: Any, batch: int) -> Tensor:
+            return self.recording.calls[batch][index].run(run, self.hidden[batch].to(module_device(block)))
+
+        tuning = reconstruct_(
+            block, sites, replay, self.dense, steps=self.config.reconstruct_steps, lr=self.config.reconstruct_lr,
+            generator=self._generator(f"{name} reconstruct"),
+        )  # fmt: skip
+        total = self.config.reconstruct_steps
+        while True:
+            try:
+                done = next(tuning)
+            except StopIteration as stop:
+                reconstruction: Reconstruction = stop.value
+                break
+            if done % PROGRESS_STEPS == 0:
+                detail = f"{name}: reconstruction {done}/{total}"
+                yield Progress(stage="prune", done=index, total=len(self.stack.blocks), detail=detail)
+        zeros = {site.name: int((site.stored == 0).sum()) for site in sites}
+        return [report.model_copy(update={"num_zeros": zeros[report.name]}) for report in reports], reconstruction
 
     def _one_pass(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
         pending = {site.name: site for site in sites}
@@ -193,6 +243,26 @@ class Walk:
                     pass
         return collected
 
+    def _advance(self, index: int, block: nn.Module) -> None:
+        """Carry the hidden states through a block."""
+        for batch in range(len(self.hidden)):
+            self._forward(index, block, batch, keep=True)
+
+    def _advance_dense(self, index: int, block: nn.Module) -> None:
+        """Carry the dense model's hidden states through a block that is still dense.
+
+        Where blocks share a mutable object, it holds what pruned blocks put there: then the target is the dense block's output
+        on the pruned model's inputs, as it cannot be that of the dense model.
+        """
+        inputs = self.hidden if self.recording.stateful else self.dense
+        for batch, hidden_NSH in enumerate(inputs):
+            output_NSH = self.recording.calls[batch][index].run(block, hidden_NSH.to(module_device(block)))
+            self.dense[batch] = output_NSH.to(hidden_NSH.device)
+
+    def _generator(self, name: str) -> torch.Generator:
+        # The CPU generator keeps 32 bits of its seed: a hash of both, and the same whatever was pruned before.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {name}".encode()))
+
     def _forward(self, index: int, block: nn.Module, batch: int, *, keep: bool) -> None:
         hidden_NSH = self.hidden[batch].to(module_device(block))
         output_NSH = self.recording.calls[batch][index].run(block, hidden_NSH)
@@ -214,8 +284,7 @@ class Walk:
             stats = LinearStats(site.shape[1], Need.NOTHING, site.stored.device)
         elif not bool(torch.isfinite(stats.sq_I).all()):
             raise NonFiniteError(f"the calibration activations of {site.name} overflow fp32. Use --dtype float32 or bfloat16.")
-        # The CPU generator keeps 32 bits of its seed: a hash of both, and the same whatever was pruned before.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {site.name}".encode()))
+        generator = self._generator(site.name)
         target = replace(self.target, sparsity=sparsity)
         try:
             pruned_OI = method.prune(site.weight_OI, stats, target, damping=self.config.damping, generator=generator)
@@ -250,6 +319,17 @@ def relative_output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStat
     whole = ((dense_OI @ stats.gram_II) * dense_OI).sum(dtype=torch.float64)
     lost = ((change_OI @ stats.gram_II) * change_OI).sum(dtype=torch.float64)
     return float(lost / whole) if whole > 0 else 0.0
+
+
+def block_messages(report: BlockReport) -> list[str]:
+    """What a user should know of one block: sites that fell back, a reconstruction that was undone."""
+    messages = fallback_messages(report.sites)
+    if report.reconstruction and report.reconstruction.rolled_back:
+        messages.append(
+            f"{report.name}: reconstruction did not lower the held-out error in {report.reconstruction.steps} steps and was "
+            "rolled back. Use more calibration samples (--num-samples) or a lower --reconstruct-lr."
+        )
+    return messages
 
 
 def fallback_messages(reports: Sequence[SiteReport]) -> list[str]:

@@ -129,6 +129,19 @@ def _flag(name: str, value: Any) -> list[str]:
     return [word for item in values for word in (f"--{dashed}", str(item))]
 
 
+def reconstruction_line(report: Report) -> str | None:
+    """What reconstruction gained and cost, over all blocks; None without one."""
+    done = [block.reconstruction for block in report.blocks if block.reconstruction]
+    if not done:
+        return None
+    before, after = (sum(values) / len(done) for values in ([d.error_before for d in done], [d.error_after for d in done]))
+    undone = sum(item.rolled_back for item in done)
+    return (
+        f"Reconstruction of {count(len(done))} blocks: mean held-out error {percent(before, 2)} -> {percent(after, 2)}, "
+        f"{count(undone)} rolled back, {duration(sum(item.seconds for item in done))}"
+    )
+
+
 def worst(quality: Iterable[Quality]) -> Quality | None:
     """The text with the highest perplexity ratio (NaN counts as infinite): the one the verdict speaks of."""
     measured = [(item, item.ratio) for item in quality if item.ratio is not None]
@@ -354,6 +367,7 @@ def render_html(report: Report) -> str:
         shade_error=Shade.of(errors, 0.0) if errors else None,
         experts=[(row, lists) for row in grid.rows if (lists := expert_tokens(grid, row))],
         fallbacks=_fallbacks(report),
+        reconstruction=reconstruction_line(report),
         command=command_line(report.config, report.out),
     )
 

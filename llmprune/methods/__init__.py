@@ -80,9 +80,19 @@ _TABLE = (
         paper="Sun et al. 2023, arXiv 2306.11695, eq. 1",
     ),
     Method(
+        "ria", Need.NORM, "matrix", updates_weights=False,
+        summary="Weight relative to its row and column, times the root of the input norm.",
+        paper="Zhang et al. 2024, ICLR, Plug-and-Play, eq. 5",
+    ),
+    Method(
         "sparsegpt", Need.GRAM, "block", updates_weights=True,
         summary="Column-wise optimal brain surgeon with weight updates.",
         paper="Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1",
+    ),
+    Method(
+        "alps", Need.GRAM, "matrix", updates_weights=True,
+        summary="Support by ADMM, then least squares on it by conjugate gradients.",
+        paper="Meng et al. 2024, arXiv 2406.07831, algorithms 1 and 2",
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}

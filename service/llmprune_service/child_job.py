@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import re
@@ -40,7 +41,9 @@ from llmprune_service.settings import Settings
 from llmprune_service.store import Store
 from llmprune_service.tokens import hub_token
 
-_PHASES: dict[Stage, Phase] = {"pruned": "evaluate", "save": "package"}
+log = logging.getLogger(__name__)
+_LAST_WORDS = 4000  # bytes
+_PHASES: dict[Stage, Phase] = {"pruned": "evaluate", "benchmark": "benchmark", "save": "package"}
 _LATENCY = "latency"
 _SAY_EVERY = 1.0
 # Nothing else of the worker's environment reaches a job: no database address, no keys, no tokens.
@@ -82,9 +85,11 @@ class ChildJob:
         """Run it to the end; raises ChildFailed, or what ``watch`` raises once the child is gone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "tmp").mkdir(exist_ok=True)
-        with (self.folder / "log.txt").open("ab") as log:
+        log_file = self.folder / "log.txt"
+        with log_file.open("ab") as stderr:
+            begins = stderr.tell()
             process = processes.spawn(
-                self._command(), env=self._environment(), cwd=self.folder, stdout=-1, stderr=log,
+                self._command(), env=self._environment(), cwd=self.folder, stdout=-1, stderr=stderr,
                 memory_bytes=self.settings.child_memory_bytes,
             )  # fmt: skip
             assert process.stdout is not None
@@ -95,7 +100,13 @@ class ChildJob:
                 processes.end(process)
                 process.stdout.close()
         if not self._finished:
-            raise self._cause(process.returncode)
+            failure = self._cause(process.returncode)
+            if failure.code in ("internal_error", "killed"):
+                log.error(
+                    "the job's process failed",
+                    extra={"job": self.execution.job.id, "last_words": _last_words(log_file, begins)},
+                )
+            raise failure
 
     def _follow(self, is_over: Callable[[], bool]) -> None:
         """Handle lines and look around until the child is over."""
@@ -263,6 +274,11 @@ class ChildJob:
     def _clean(self, message: str) -> str:
         """Without the paths of this host."""
         return message.replace(f"{self.folder}/", "").replace(str(self.settings.data_dir), "DATA_DIR")
+
+
+def _last_words(log_file: Path, begins: int) -> str:
+    """The end of what a process wrote on stderr, from where its part of the file begins: a traceback, say."""
+    return log_file.read_bytes()[begins:][-_LAST_WORDS:].decode(errors="replace").strip()
 
 
 def _block(index: int) -> str:

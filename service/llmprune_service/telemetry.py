@@ -48,8 +48,11 @@ def redact(text: str) -> str:
     return text
 
 
+_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}  # the last is uvicorn's
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what a record got as ``extra={"fields": {...}}`` lies beside the message."""
+    """One JSON object a line; what a record got as ``extra`` lies beside the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, redacted."""
@@ -84,8 +87,10 @@ class TextFormatter(logging.Formatter):
 
 
 def _context(record: logging.LogRecord) -> dict[str, Any]:
+    """The ids of the request under way, and what the record got as ``extra``."""
     ids = {"request_id": request_id.get(), "job_id": job_id.get()}
-    return {name: value for name, value in ids.items() if value} | getattr(record, "fields", {})
+    given = {name: value for name, value in vars(record).items() if name not in _RECORD}
+    return {name: value for name, value in ids.items() if value} | given
 
 
 def tracing() -> TelemetryConfig:

@@ -166,6 +166,24 @@ def test_killed_at_every_stage_and_resumed(
     assert content(out) == whole[method]
 
 
+@pytest.mark.parametrize("moment", [at(BlockFinished, block=0), at(Progress, stage="prune", done=2)], ids=["block", "midway"])
+def test_killed_while_blocks_are_reconstructed(model_dir: Path, texts: dict[str, Any], tmp_path: Path, moment: Moment) -> None:
+    """Killed after a block or in the middle of tuning one, and resumed: the bytes of a run that was left alone."""
+    settings: dict[str, Any] = {"reconstruct": True, "reconstruct_steps": 30, "reconstruct_lr": 0.01}
+    llmprune.prune(model_dir, method="wanda", out=tmp_path / "whole", **texts, **settings)
+    llmprune.prune(model_dir, method="wanda", out=tmp_path / "plain", **texts)
+    options = ("--reconstruct", "--reconstruct-steps", "30", "--reconstruct-lr", "0.01")
+    argv = arguments(model_dir, texts, tmp_path / "out", "wanda", *options)
+    code, _ = run(argv, moment)
+    assert code == -signal.SIGKILL and 1 <= Journal(tmp_path / "out.work").num_blocks() < NUM_BLOCKS
+    code, events = run(argv)
+    assert code == 0 and resumed_at(events, "prune") >= 1
+    report = events[-1].report  # type: ignore[union-attr]
+    assert all(block.reconstruction and block.reconstruction.steps > 0 for block in report.blocks)
+    weights = [content(tmp_path / name)["model.safetensors"] for name in ("out", "whole", "plain")]
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_killed_by_the_clock_and_resumed(
     model_dir: Path, texts: dict[str, Any], whole: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:

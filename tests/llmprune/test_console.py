@@ -21,6 +21,8 @@ from llmprune.events import (
     StageStarted,
     Warned,
 )
+from llmprune.io.render import render_html
+from llmprune.report import Reconstruction
 from tests.reports import layer, sample_benchmark, sample_report
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -221,3 +223,18 @@ def test_every_stage_has_a_label() -> None:
     """No stage of the event schema goes without words."""
     stages = StageStarted.model_fields["stage"].annotation.__args__  # type: ignore[union-attr]
     assert set(LABELS) == set(stages)
+
+
+def test_reconstruction_is_one_line() -> None:
+    """Mean errors, what was rolled back and what it cost; nothing where there was none."""
+    report = sample_report(num_blocks=2)
+    done = [
+        Reconstruction(error_before=0.2, error_after=0.1, steps=120, seconds=40.0),
+        Reconstruction(error_before=0.1, error_after=0.1, steps=50, seconds=20.0, rolled_back=True),
+    ]
+    pairs = zip(report.blocks, done, strict=True)
+    blocks = tuple(block.model_copy(update={"reconstruction": item}) for block, item in pairs)
+    shown = " ".join(printed(blocks=blocks).split())
+    assert "Reconstruction of 2 blocks: mean held-out error 15.00 % -> 10.00 %, 1 rolled back" in shown
+    assert "mean held-out error 15.00 %" in render_html(report.model_copy(update={"blocks": blocks}))
+    assert "econstruction" not in printed()

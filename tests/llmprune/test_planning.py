@@ -64,6 +64,21 @@ def test_more_of_anything_needs_more(make_plan: Callable[..., Plan]) -> None:
     assert make_plan(dtype="float16").model.weights_bytes * 2 == make_plan(dtype="float32").model.weights_bytes
 
 
+def test_reconstruction_is_planned(make_plan: Callable[..., Plan]) -> None:
+    """It wants eight batches, walks ``group`` in stages, and needs more seconds and memory, more of them the more steps."""
+
+    def prune(**overrides: Any) -> tuple[float, int]:
+        plan = make_plan(num_samples=512, **overrides)
+        stage = next(stage for stage in plan.stages if stage.name == "prune")
+        return stage.seconds, stage.peak_cpu_bytes
+
+    plan = make_plan(num_samples=64, sequential="group", reconstruct=True)
+    assert plan.walk == "staged" and 1 < plan.batch_size <= 8
+    assert make_plan(reconstruct=True).batch_size == 1
+    assert prune(batch_size=64, reconstruct=True, reconstruct_steps=5000)[0] > 10 * prune(batch_size=64)[0]
+    assert prune(batch_size=64, reconstruct=True)[1] > prune(batch_size=64)[1]
+
+
 def test_what_cannot_fit_is_refused_with_the_flag_that_helps(make_plan: Callable[..., Plan]) -> None:
     """Too little memory names fewer samples; too little disk another --out; both say how much is needed."""
     plan = make_plan(free=-(2**28), num_samples=4096)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import FactorizationError
-from llmprune.linalg import MAX_DAMPING, inverse_factor
+from llmprune.linalg import MAX_DAMPING, inverse_factor, spectrum
 from llmprune.spec import Need
 from llmprune.stats import LinearStats
 
@@ -236,6 +236,45 @@ def test_hopelessly_indefinite_matrix_raises() -> None:
     """What the highest damping cannot mend is an error that names it, and not an identity matrix."""
     with pytest.raises(FactorizationError, match=f"damping {MAX_DAMPING:g}"):
         inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 17, 130])
+@pytest.mark.parametrize("tokens", [3, 1500])
+def test_spectrum_is_the_damped_matrix(tokens: int, columns: int) -> None:
+    """S C S is the damped matrix up to one factor, C has a unit diagonal, and Q L Q^T is C, at any rank."""
+    gram_II = _inputs(tokens, columns + 4)[:, 4:].double()
+    gram_II = (gram_II.T @ gram_II).float()
+    before_II = gram_II.clone()
+    solved, used = spectrum(gram_II, 0.01)
+    assert used == 0.01 and torch.equal(gram_II, before_II)
+    damped_II = torch.linalg.inv(_inverse64(gram_II, 0.01))
+    scaled_II = solved.scale_I[:, None].double() * solved.unit_II.double() * solved.scale_I.double()
+    torch.testing.assert_close(scaled_II * damped_II.diagonal().mean(), damped_II, rtol=0, atol=_tiny(damped_II))
+    assert torch.equal(solved.unit_II.diagonal(), torch.ones(columns))
+    vectors_II = solved.vectors_II.double()
+    eye_II = torch.eye(columns, dtype=torch.float64)
+    torch.testing.assert_close(vectors_II.T @ vectors_II, eye_II, rtol=0, atol=1e-6)
+    assert (solved.values_I >= 0).all()
+    again_II = vectors_II * solved.values_I.double() @ vectors_II.T
+    torch.testing.assert_close(again_II, solved.unit_II.double(), rtol=0, atol=1e-6 * float(solved.values_I[-1]))
+
+
+def test_spectrum_raises_the_damping_as_the_factor_does() -> None:
+    """Dead inputs are decoupled, indefinite matrices damped more, and hopeless ones refused."""
+    solved, _ = spectrum(torch.diag(torch.tensor([4.0, 0.0, 1.0])), 0.01)
+    assert torch.equal(solved.unit_II, torch.eye(3))
+    assert spectrum(torch.tensor([[1.0, 1.05], [1.05, 1.0]]), 0.01)[1] == pytest.approx(0.1)
+    with pytest.raises(FactorizationError, match=f"damping {MAX_DAMPING:g}"):
+        spectrum(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01)
+
+
+def test_one_factorisation_is_kept_at_a_time() -> None:
+    """Asking for the other one computes it anew: a group of sites is pruned by one method."""
+    stats = _collect([_inputs()], Need.GRAM)
+    first, second = stats.spectrum(0.01), stats.spectrum(0.01)
+    assert first is second
+    assert stats.inverse_factor(0.01) is stats.inverse_factor(0.01)
+    assert stats.spectrum(0.01) is not first
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

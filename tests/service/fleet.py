@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import logging
 import os
 import signal
 import sqlite3
@@ -322,11 +321,12 @@ def _work(environment: dict[str, str], log: Path, slot: int, version: str) -> No
     os.dup2(output, 1)
     os.dup2(output, 2)
     from llmprune_service import engine, leader
+    from llmprune_service.telemetry import configure_logging
     from llmprune_service.worker import Worker as ServiceWorker
 
     for module in (engine, leader):
         module.__dict__["VERSION"] = version  # as another release has it
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    configure_logging(Settings())
     ServiceWorker(Settings(), slot=slot).run()
 
 

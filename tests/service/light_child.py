@@ -165,6 +165,7 @@ class Pruning:
         _say(StageStarted(stage="prune", total=num_blocks, resumed_at=start))
         for block in range(start, num_blocks):
             if self.is_troubled("crash", block):
+                print(f"no way on at block {block}", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
             self.note("begin", block)
             _say(BlockStarted(block=block, name=f"blocks.{block}", num_blocks=num_blocks))

@@ -73,7 +73,7 @@ class Guard:
             milliseconds = round((time.perf_counter() - began) * 1000, 1)
             fields = {"method": scope["method"], "path": quote(scope["path"]), "status": status, "ms": milliseconds}
             level = logging.DEBUG if scope["path"].startswith(telemetry.PROBES) else logging.INFO
-            log.log(level, "request", extra={"fields": fields})
+            log.log(level, "request", extra=fields)
             telemetry.request_id.reset(tokens[0])
             telemetry.job_id.reset(tokens[1])
 

@@ -105,6 +105,18 @@ def test_a_line_has_the_ids_of_request_and_job(service: Service, log: Attach) ->
     assert telemetry.request_id.get() is None
 
 
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()], ids=["json", "text"])
+def test_a_line_has_what_its_record_got_beside_the_message(log: Attach, formatter: logging.Formatter) -> None:
+    """And nothing of the record itself."""
+    stream = log(formatter)
+    logging.getLogger("llmprune_service").warning("a worker is lost", extra={"worker": "host-1"})
+    line = stream.getvalue().strip()
+    if isinstance(formatter, JsonFormatter):
+        assert set(json.loads(line)) == {"time", "level", "logger", "message", "worker"}
+    else:
+        assert line.endswith("a worker is lost worker=host-1")
+
+
 def test_a_path_cannot_forge_a_line(service: Service, log: Attach) -> None:
     """Line breaks of a path stay escaped."""
     stream = log(TextFormatter())

@@ -61,6 +61,21 @@ def test_a_job_is_the_library_s(fleet: Fleet, config: dict[str, Any], weights: d
     assert row.result["ratio"] > 0
 
 
+def test_a_packed_job_is_benchmarked_and_its_checkpoint_is_smaller(
+    fleet: Fleet, config: dict[str, Any], weights: dict[str, bytes]
+) -> None:
+    """`export` reaches the library, and its stage of measuring speed is the phase of that name."""
+    fleet.start()
+    few = {"num_samples": 4, "method": "magnitude", "pattern": "2:4", "export": "packed", "latency": True}
+    job_id = fleet.jobs.submit("default", JobRequest(**(config | few)))[0].id
+    fleet.wait(job_id, seconds=120)
+    phases = [event.data["phase"] for event in fleet.events(job_id, "job.phase")]
+    assert phases == ["resolve", "fetch", "prune", "evaluate", "benchmark", "package"]
+    report = fleet.jobs.report(None, job_id)
+    assert report is not None and report["packed"]["num_two_four"] > 0 and report["benchmark"]["dense"]
+    assert report["checkpoint_bytes"] < 0.9 * sum(map(len, weights.values()))
+
+
 def test_a_job_of_a_killed_worker_is_the_library_s_too(fleet: Fleet, config: dict[str, Any], weights: dict[str, bytes]) -> None:
     """kill -9 of the worker after the first blocks: another one goes on after them, and the bytes are the same."""
     fleet.start(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from fleet import Fleet
 
 
@@ -20,6 +22,15 @@ def test_a_third_crash_fails_the_job(standing: Fleet) -> None:
     standing.check(job_id, "job.failed")
     assert len(standing.log(job_id, "start")) == 3
     assert len(standing.events(job_id, "job.retrying")) == 2
+
+
+def test_what_a_process_said_before_it_crashed_is_logged(standing: Fleet) -> None:
+    """In the log of its worker, with the id of the job."""
+    job_id = standing.submit("crash-1")
+    standing.wait(job_id, "failed")
+    lines = [json.loads(line) for worker in standing.workers for line in worker.log.read_text().splitlines()]
+    words = [line["last_words"] for line in lines if line["level"] == "error" and line["job"] == job_id]
+    assert words == ["no way on at block 1"] * 3
 
 
 def test_out_of_memory_is_tried_with_half_the_batch(standing: Fleet) -> None:
