@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe
 from llmprune.anatomy.sites import Site
 from llmprune.anatomy.watch import SharedInputs, Watcher
+from llmprune.description import describe_model
 from llmprune.devices import pick_device
 from llmprune.io.models import load_model, resolve
-from llmprune.job import describe_model
 from llmprune.report import Inspection, SiteInfo
 from llmprune.spec import PruneConfig
 

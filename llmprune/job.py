@@ -6,7 +6,6 @@ Everything a front end needs comes out as events; everything a resumed run needs
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,11 +22,12 @@ from llmprune.allocation import Sharing
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.anatomy.sites import check_pattern, select, total_weights
 from llmprune.conversion import pack_folder_, packing_warnings
-from llmprune.devices import PeakMemory, device_name, environment, free_bytes, memory_errors, module_device, pick_device
+from llmprune.description import describe_model
+from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, pick_device
 from llmprune.engines.layerwise import Walk, block_messages
 from llmprune.engines.survey import check_budget
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
-from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, StageFinished, StageStarted, Warned
+from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, Warned
 from llmprune.io import checkpoint
 from llmprune.io.journal import Journal, difference
 from llmprune.io.models import Source, known_revision, load_model, load_tokenizer, local_directory, resolve
@@ -43,7 +43,6 @@ from llmprune.report import (
     Benchmark,
     BlockReport,
     Latency,
-    ModelReport,
     Packed,
     Quality,
     Report,
@@ -51,6 +50,7 @@ from llmprune.report import (
     StageReport,
 )
 from llmprune.spec import Pattern, PruneConfig, default_seq_len
+from llmprune.stages import StageClock
 
 _DENSE = "dense"
 _ALLOCATION = "allocation"
@@ -485,38 +485,12 @@ class Job:
         self.warnings.append(message)
         return Warned(message=message)
 
-    def _clock(self, stage: Stage) -> _Clock:
-        return _Clock(stage, self.stages)
+    def _clock(self, stage: Stage) -> StageClock:
+        return StageClock(stage, self.stages)
 
 
 def _config_fields(config: PruneConfig) -> dict[str, Any]:
     return {f"config.{name}": value for name, value in config.model_dump(mode="json").items()}
-
-
-class _Clock:
-    """Times one stage and files its report."""
-
-    def __init__(self, stage: Stage, stages: list[StageReport]) -> None:
-        self.stage: Stage = stage
-        self.stages = stages
-        self.peak = PeakMemory()
-        self.begun = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begun
-
-    def started(self, total: int, resumed_at: int = 0) -> StageStarted:
-        return StageStarted(stage=self.stage, total=total, resumed_at=resumed_at)
-
-    def finished(self, seconds: float | None = None) -> StageFinished:
-        measured = {
-            "seconds": self.seconds if seconds is None else seconds,
-            "peak_cpu_bytes": self.peak.cpu_bytes,
-            "peak_gpu_bytes": self.peak.gpu_bytes,
-        }
-        self.stages.append(StageReport.model_validate({"name": self.stage, **measured}))
-        return StageFinished.model_validate({"stage": self.stage, **measured})
 
 
 def _check_finite(stack: Stack) -> None:
@@ -526,18 +500,3 @@ def _check_finite(stack: Stack) -> None:
                 raise NonFiniteError(
                     f"{stack.name(index)}: its weight {name} holds NaN or inf. The checkpoint is damaged: download it again."
                 )
-
-
-def describe_model(model: PreTrainedModel, stack: Stack, source: Source | None) -> ModelReport:
-    """Name, revision and sizes of a model; without ``source`` it is one in memory."""
-    parameters = list(model.parameters())
-    return ModelReport(
-        name=source.name if source else (getattr(model, "name_or_path", "") or type(model).__name__),
-        revision=source.revision if source else "in memory",
-        model_type=model.config.model_type,
-        dtype=str(model.dtype).removeprefix("torch."),
-        num_parameters=sum(parameter.numel() for parameter in parameters),
-        num_prunable=sum(map(total_weights, stack.sites)),
-        num_blocks=len(stack.blocks),
-        weights_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-    )

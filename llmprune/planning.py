@@ -23,6 +23,7 @@ from llmprune import memory
 from llmprune.allocate import ALLOCATORS
 from llmprune.anatomy.blocks import Stack, find_stack
 from llmprune.anatomy.sites import Site, check_pattern, select, total_weights
+from llmprune.description import describe_model
 from llmprune.devices import device_name, free_bytes, pick_device
 from llmprune.engines.reconstruct import HELD_OUT, NUM_CHECKS
 from llmprune.engines.survey import check_budget, group_of, levels, probe_sequences
@@ -30,7 +31,6 @@ from llmprune.errors import DoesNotFit
 from llmprune.io.models import build_empty, check_files, hub_errors, load_config, local_directory
 from llmprune.io.stdlib_text import stdlib_documents
 from llmprune.io.text import check_source
-from llmprune.job import describe_model
 from llmprune.measure.quality import windows_per_batch
 from llmprune.methods import get_method
 from llmprune.report import Plan, StagePlan

@@ -15,9 +15,9 @@ LIBRARY = ROOT / "llmprune"
 RANKS = {
     "_version": 0, "errors": 0, "registration": 0, "spec": 1, "speed": 1, "report": 2, "events": 3,
     "linalg": 4, "terminal": 4, "masks": 4, "stats": 5, "devices": 5, "solvers": 5,
-    "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "engines": 8, "measure": 9, "io": 9,
+    "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "engines": 8, "measure": 9, "io": 9,
     "speed_tables": 10, "console": 11, "tables": 12,
-    "conversion": 10, "loading": 10, "allocation": 11, "job": 12,
+    "conversion": 10, "description": 10, "loading": 10, "allocation": 11, "job": 12,
     "evaluation": 13, "fetching": 13, "inspection": 13, "planning": 13,
     "benchmarking": 14, "generation": 14, "api": 15,
     "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli": 18, "__main__": 19,
