@@ -18,11 +18,9 @@ from llmprune.events import Benchmarked, Event, StageFinished, StageStarted, War
 from llmprune.io.models import Source, load_model, resolve
 from llmprune.loading import fuse_shared_inputs_
 from llmprune.measure.benchmark import benchmark_models, benchmark_together, protocol_for
+from llmprune.measure.dispatch import WORKING_SHARE
 from llmprune.spec import PruneConfig, describe
 from llmprune.speed import Benchmark, Protocol
-
-_WORKING_SHARE = 0.8
-"""Share of the free memory that weights may take; the rest is for caches and activations."""
 
 
 def benchmark(
@@ -144,7 +142,7 @@ def _protocol(**asked: Any) -> Protocol:
 
 def _fit(device: torch.device, subject: _Opened, dense: _Opened | None) -> bool:
     """Whether both fit on the device at once. Raises DoesNotFit where not even one of them does."""
-    room = _WORKING_SHARE * free_bytes(device)
+    room = WORKING_SHARE * free_bytes(device)
     sizes = [item.source.weights_bytes for item in (subject, dense) if item is not None]
     if max(sizes) > room:
         raise DoesNotFit(

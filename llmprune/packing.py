@@ -17,10 +17,9 @@ from llmprune.anatomy.sites import Site
 from llmprune.anatomy.watch import SharedInputs
 from llmprune.errors import CorruptCheckpoint
 from llmprune.spec import PackedFormat, PackFormat
-from llmprune_kernels import two_four
+from llmprune_kernels import FLOATS, two_four
 from llmprune_kernels.linear import BitmaskLinear, PackedLinear, SparseLinear24
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SAVES_SPEED = 0.75
 """A 2:4 weight goes to the bitmask format only where that is this much smaller: the 2:4 kernels read a byte faster."""
 _WORTH_IT = 0.9
@@ -46,7 +45,7 @@ def choose_format(weight_OI: Tensor, wanted: PackFormat = "auto") -> PackedForma
     ``auto`` takes 2:4 where it fits, unless the bitmask is much smaller (1:4, say); else the bitmask. A named format is taken
     where it fits and saves as much. bf16, fp16 and fp32 can be packed.
     """
-    if weight_OI.dtype not in DTYPES or weight_OI.dim() != 2 or not weight_OI.numel():
+    if weight_OI.dtype not in FLOATS or weight_OI.dim() != 2 or not weight_OI.numel():
         return None
     found = sizes(weight_OI)
     if wanted == "auto" and "2:4" in found:

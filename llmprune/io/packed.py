@@ -27,16 +27,15 @@ from torch import Tensor
 from llmprune.errors import CorruptCheckpoint, UnsupportedModel, one_line
 from llmprune.io.headers import bytes_of
 from llmprune.io.tensors import CODES, DTYPES, Layout, TensorReader, TensorWriter
-from llmprune.packing import DTYPES as PACKABLE
 from llmprune.packing import choose_format, num_negative_zeros, num_nonzeros
 from llmprune.spec import PACKING_METHOD, PackedFormat, PackFormat, describe
-from llmprune_kernels import bitmask, legacy, two_four
+from llmprune_kernels import FLOATS, bitmask, legacy, two_four
 
 FORMAT_VERSION = 1
 ENTRY = "quantization_config"
 INDEX = "model.safetensors.index.json"
 PARTS: dict[PackedFormat, tuple[str, ...]] = {"2:4": ("values", "meta"), "bitmask": ("bits", "values", "offsets")}
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in PACKABLE}
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
 
 
 class PackedTensor(BaseModel):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmprune.devices import free_bytes, module_device, placed
 
-_WORKING_SHARE = 0.8
+WORKING_SHARE = 0.8
 """Share of the free memory that weights may take; the rest is for activations."""
 
 
@@ -27,7 +27,7 @@ def dispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
         yield
         return
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size <= _WORKING_SHARE * free_bytes(device):
+    if size <= WORKING_SHARE * free_bytes(device):
         with placed(model, device):
             yield
         return

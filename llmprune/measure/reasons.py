@@ -15,7 +15,6 @@ SPARSE_CORES = (8, 0)
 LAUNCH_BOUND = 0.25
 """Below this share of the copy bandwidth the time of a decode step is not spent on reading weights."""
 FEW_PACKED = 0.5
-MANY_TOKENS = 512
 
 
 @dataclass(frozen=True)

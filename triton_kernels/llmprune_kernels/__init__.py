@@ -4,6 +4,7 @@ May import torch and triton only, and neither a GPU nor llmprune. Triton is impo
 """
 
 from llmprune_kernels import bitmask, fragments, int8, legacy, ops, reference, two_four
+from llmprune_kernels._bits import FLOATS
 from llmprune_kernels.bitmask import Bitmask
 from llmprune_kernels.dispatch import choose
 from llmprune_kernels.fuse import fuse_, fuse_siblings_
@@ -17,7 +18,7 @@ __all__ = [
     # layers
     "SparseLinear24", "BitmaskLinear", "PackedLinear", "fuse_", "fuse_siblings_", "prepare_",
     # formats
-    "TwoFour", "Bitmask", "two_four", "bitmask", "int8", "fragments", "legacy",
+    "TwoFour", "Bitmask", "two_four", "bitmask", "int8", "fragments", "legacy", "FLOATS",
     # ops and what they choose
     "linear_24", "linear_24_mma", "linear_24_int8", "linear_bitmask", "ops", "reference", "choose", "tune", "tune_",
 ]  # fmt: skip

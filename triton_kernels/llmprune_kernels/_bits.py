@@ -11,7 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+"""Weight dtypes that tensor cores multiply."""
+
+FLOATS = (*HALVES, torch.float32)
 """Weight dtypes that every format can hold."""
 
 CHUNK = 1 << 22
@@ -65,7 +68,7 @@ def check_weight(weight_OI: Tensor) -> None:
     check_dtype(weight_OI, "weight")
 
 
-def check_dtype(tensor: Tensor, name: str, allowed: tuple[torch.dtype, ...] = DTYPES) -> None:
+def check_dtype(tensor: Tensor, name: str, allowed: tuple[torch.dtype, ...] = FLOATS) -> None:
     """Raise ValueError unless ``tensor`` has one of the ``allowed`` dtypes."""
     if tensor.dtype not in allowed:
         names = ", ".join(map(dtype_name, allowed))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune_kernels._bits import as_bits, check_dtype, dtype_name
+from llmprune_kernels._bits import HALVES, as_bits, check_dtype, dtype_name
 from llmprune_kernels.two_four import TwoFour, check_meta, check_parts, meta_bytes
 
 ROWS = 16
@@ -29,7 +29,7 @@ ROWS = 16
 COLUMNS = 256
 """Columns of one chunk: eight k-steps, for which one 128-bit load brings all the metadata."""
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.int8)
+_DTYPES = (*HALVES, torch.int8)
 _FILL = 0x44
 _BLOCK = (2, 8)  # hi, g
 # axes: block 0, hi 1, g 2, chunk 3, step 4, half 5, t 6  ->  block, chunk, step, g, t, half, hi

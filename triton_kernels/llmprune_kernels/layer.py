@@ -12,8 +12,9 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from llmprune_kernels._bits import FLOATS
+
 VERSION = 1  # of the names, shapes and meanings in a state_dict
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class PackedLinear(nn.Module):

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from llmprune_kernels import bitmask, dispatch, fragments, ops, tuning, two_four
+from llmprune_kernels._bits import FLOATS, HALVES
 from llmprune_kernels.int8 import dequantize, quantize
-from llmprune_kernels.layer import FLOATS, PackedLinear, check_loaded, frozen
+from llmprune_kernels.layer import PackedLinear, check_loaded, frozen
 
 __all__ = ["BitmaskLinear", "Layout", "PackedLinear", "SparseLinear24", "prepare_", "tune_"]
 
 Layout = Literal["canonical", "fragments"]
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class SparseLinear24(PackedLinear):

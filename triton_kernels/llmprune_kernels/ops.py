@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from llmprune_kernels import dispatch, reference
+from llmprune_kernels._bits import FLOATS, HALVES
 from llmprune_kernels.fragments import COLUMNS, ROWS
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-HALVES = (torch.bfloat16, torch.float16)
 NO_GRADIENT = (
     "packed weights are for inference and have no gradient. Run under torch.no_grad(), "
     "or train a dense copy: module.to_linear(), or `llmprune convert DIR --to dense`"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmprune_kernels._bits import (
-    DTYPES,
+    FLOATS,
     as_bits,
     check_dtype,
     check_same_device,
@@ -128,7 +128,7 @@ def is_two_four(weight_OI: Tensor) -> bool:
 
 def check_parts(values: Tensor, meta: Tensor) -> tuple[int, int]:
     """(O, I) of the packed weight. Raises ValueError where dtypes, shapes or devices do not belong together."""
-    check_dtype(values, "values", (*DTYPES, torch.int8))
+    check_dtype(values, "values", (*FLOATS, torch.int8))
     check_dtype(meta, "meta", (torch.uint8,))
     check_same_device(values=values, meta=meta)
     if values.ndim != 2 or values.numel() == 0 or values.shape[1] % 2:

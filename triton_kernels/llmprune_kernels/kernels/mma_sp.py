@@ -43,8 +43,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16
-COLUMNS = 256
+from llmprune_kernels.fragments import COLUMNS, ROWS
+
 TOKENS = 8
 
 _PAD_META = tl.constexpr(0x44444444)
