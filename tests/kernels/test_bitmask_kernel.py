@@ -8,22 +8,10 @@ from typing import Any
 import pytest
 from aot import Report
 from bitmask_cases import BUILDS, CASES, WEIGHTS_PER_LANE, Build, Case
-from kernel_process import run_cases
 from mma_sp_cases import Result
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the interpreter computed."""
-    return run_cases("bitmask_cases.py", "interpret", tmp_path_factory.mktemp("triton"))
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the compiler made."""
-    return run_cases("bitmask_cases.py", "compile", tmp_path_factory.mktemp("triton"))
+SCRIPT = "bitmask_cases.py"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

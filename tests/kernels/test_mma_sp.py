@@ -9,21 +9,15 @@ import interpreter
 import numpy as np
 import pytest
 import torch
-from kernel_process import run_cases
 from mma_sp_cases import CASES, Case, Result, two_four_weight
 from numpy.typing import NDArray
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+SCRIPT = "mma_sp_cases.py"
 MMA = "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{0}.{0}.f32 "
 OPERANDS = "{{$0,$1,$2,$3}}, {{$8,$9,$10,$11}}, {{$12,$13,$14,$15}}, {{$4,$5,$6,$7}}, $16, 0x{0};"
 CONSTRAINTS = "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r,r,r,r,r,r,r"
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script of cases printed."""
-    return run_cases("mma_sp_cases.py", "interpret", tmp_path_factory.mktemp("triton"))
 
 
 @needs_triton

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from aot import Report, compile_kernel, report
-from kernel_process import run_cases
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+SCRIPT = Path(__file__).name
 
 
 class Build(NamedTuple):
@@ -53,12 +53,6 @@ BUILDS = [
     Build(100, "bf16", 2, 2, 8, True, 184),
     Build(100, "int8 fp16", 1, 1, 8, False, 128),
 ]
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What this file prints as a script."""
-    return run_cases(Path(__file__).name, "compile", tmp_path_factory.mktemp("triton"))
 
 
 @needs_triton
