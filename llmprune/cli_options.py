@@ -51,6 +51,7 @@ LatencyFlag = Annotated[bool | None, config_option("latency", "--latency/--no-la
 Damping = Annotated[float | None, config_option("damping", "--damping")]
 Reconstruct = Annotated[bool | None, config_option("reconstruct", "--reconstruct/--no-reconstruct")]
 ReconstructSteps = Annotated[int | None, config_option("reconstruct_steps", "--reconstruct-steps")]
+ReconstructRounds = Annotated[int | None, config_option("reconstruct_rounds", "--reconstruct-rounds")]
 ReconstructLr = Annotated[float | None, config_option("reconstruct_lr", "--reconstruct-lr")]
 Device = Annotated[str | None, config_option("device", "--device")]
 DtypeName = Annotated[str | None, config_option("dtype", "--dtype")]

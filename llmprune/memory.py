@@ -44,10 +44,10 @@ def tuning_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_si
 
 
 def tuning_state_bytes(block_sites: Sequence[Site], itemsize: int) -> int:
-    """What reconstruction holds of one block's sites: master copy, gradient and both Adam moments in fp32, the best weights
-    so far and those of this step in their own dtype, and the support.
+    """What reconstruction holds of one block's sites: master copy, gradient, both Adam moments and the best weights so far
+    in fp32, the weights of this step in their own dtype, and the support.
     """
-    return sum(site.numel for site in block_sites) * (4 * 4 + 2 * itemsize + 1)
+    return sum(site.numel for site in block_sites) * (4 * 5 + itemsize + 1)
 
 
 def solve_bytes(sites: Sequence[Site], need: Need) -> int:

@@ -169,7 +169,9 @@ class _Planner:
             held_out = HELD_OUT * (NUM_CHECKS + 1) * tokens
             tuning = forward * (3 * batch_tokens * config.reconstruct_steps + held_out + tokens)
             pruning = max(pruning, self._tuning_bytes(batch_tokens)) + 2 * hidden
-        passes = {"two-pass": 2.0, "one-pass": 1.0}.get(self._walk(batch_size), 2.6)
+        rounds = config.reconstruct_rounds if config.reconstruct else 1
+        walks = {"two-pass": 1.0, "one-pass": 0.0}.get(self._walk(batch_size), 1.6)  # forwards that only collect statistics
+        passes = 1 + rounds * walks
         gram = 0.0
         if self.need == Need.GRAM:
             gram = 2.0 * tokens * sum(site.shape[1] ** 2 for site in self._leaders())
@@ -179,7 +181,7 @@ class _Planner:
             ("load", 0.0, 0, 0),
             ("dense", (forward + head) * self.evaluation_tokens, scoring + activations, dense_hidden),
             *self._survey(forward, tokens, pruning),
-            ("prune", (forward * passes) * tokens + gram + tuning, pruning, 0),
+            ("prune", (forward * passes) * tokens + rounds * gram + tuning, pruning, 0),
             ("pruned", (forward + 2 * head) * self.evaluation_tokens, comparing + activations, dense_hidden),
             ("save", 0.0, 0, 0),
         ]

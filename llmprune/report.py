@@ -30,8 +30,8 @@ class SiteReport(Part):
 
     ``num_tokens`` is how many calibration tokens reached it (for an expert, those routed to it). ``output_error`` is
     ||(W - W') X||_F^2 / ||W X||_F^2 on the calibration inputs, for methods that hold the Gram matrix, before any
-    reconstruction. ``fallback`` says why the site was scored by its weights alone, if it was. ``target`` is the sparsity the
-    allocation gave it.
+    reconstruction; None where that is done in rounds. ``fallback`` says why the site was scored by its weights alone, if it
+    was. ``target`` is the sparsity the allocation gave it.
     """
 
     name: str
@@ -54,7 +54,8 @@ class Reconstruction(Part):
     """How the kept weights of one block were tuned against the dense model.
 
     Errors are ||pruned - dense||_F^2 / ||dense||_F^2 of the hidden states after the block, on calibration sequences that were
-    not tuned on. ``rolled_back`` says that no state with a lower error was found: the block is as the method left it.
+    not tuned on. ``rolled_back`` says that no state with a lower error was found: the block is as the method left it. Of
+    several ``rounds``, steps and seconds are those of all, the rest is of the last.
     """
 
     error_before: float
@@ -62,6 +63,7 @@ class Reconstruction(Part):
     steps: int
     seconds: float
     rolled_back: bool = False
+    rounds: int = 1
 
 
 class BlockReport(Part):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
@@ -91,6 +91,16 @@ class Target:
     sparsity: float
     scope: Scope
 
+    def eased(self, done: float) -> Target:
+        """The target of a round, ``done`` in (0, 1] the share of the rounds that is over with it: sparsity rises as the cubic
+        of Zhu and Gupta 2017 (arXiv 1710.01878, eq. 1), fast at first; n:m keeps whole weights, and at least n.
+        """
+        share = 1 - (1 - done) ** 3
+        if self.pattern.n is None or self.pattern.m is None:
+            return replace(self, sparsity=self.sparsity * share)
+        kept = self.pattern.m - math.floor((self.pattern.m - self.pattern.n) * share)
+        return replace(self, pattern=Pattern(kept, self.pattern.m), sparsity=1 - kept / self.pattern.m)
+
 
 def num_pruned(numel: int, sparsity: float) -> int:
     """Number of zeros nearest to ``sparsity * numel``, in exact arithmetic (``int(20 * (1 - 0.85))`` is 3 in floats)."""
@@ -162,6 +172,9 @@ class PruneConfig(BaseModel):
     )
     reconstruct_steps: Annotated[int, Field(ge=1)] = Field(
         DEFAULT_RECONSTRUCT_STEPS, description="Optimiser steps per block at most, of one calibration batch each."
+    )
+    reconstruct_rounds: Annotated[int, Field(ge=1, le=16)] = Field(
+        1, description="Prune each block in this many rounds of rising sparsity, tuning it after each."
     )
     reconstruct_lr: Annotated[float, Field(gt=0, lt=math.inf)] = Field(
         DEFAULT_RECONSTRUCT_LR, description="First step of a weight, as a fraction of its matrix's root mean square."

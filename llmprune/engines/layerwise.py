@@ -76,6 +76,7 @@ class Walk:
         self.needs = self.method.needs
         self.target = self.config.target(self.method.scope)
         self.fallback = METHODS["magnitude"]
+        self.progress = 1.0  # share of the rounds of a block, the one at work included
 
     @property
     def kind(self) -> str:
@@ -134,10 +135,10 @@ class Walk:
             return self._one_pass(index, block, sites), None
         if self.dense:
             self._advance_dense(index, block)
-        reports = self._prune_in_stages(index, block, sites)
-        reconstruction = None
         if self.dense and sites:
-            reports, reconstruction = yield from self._reconstruct(index, block, sites, reports)
+            reports, reconstruction = yield from self._reconstruct(index, block, sites)
+        else:
+            reports, reconstruction = self._prune_in_stages(index, block, sites), None
         self._advance(index, block)
         return reports, reconstruction
 
@@ -152,30 +153,42 @@ class Walk:
         return reports + [self._prune(site, None) for site in pending.values()]
 
     def _reconstruct(
-        self, index: int, block: nn.Module, sites: Sequence[Site], reports: list[SiteReport]
+        self, index: int, block: nn.Module, sites: Sequence[Site]
     ) -> Generator[Progress, None, tuple[list[SiteReport], Reconstruction]]:
-        """Tune the block to the dense model's outputs; the reports' zeros are counted again, for a cast can add some."""
-        name = self.stack.name(index)
+        """Prune the block and tune it to the dense model's outputs, in one round or several of rising sparsity.
+
+        Half of the steps are the last round's, the others share the rest. The reports' zeros are counted at the end, for a
+        cast can add some; after the first round a site's output error would be that of tuned weights, and is left out.
+        """
+        name, rounds, steps = self.stack.name(index), self.config.reconstruct_rounds, self.config.reconstruct_steps
+        generator = self._generator(f"{name} reconstruct")
 
         def replay(run: Any, batch: int) -> Tensor:
             return self.recording.calls[batch][index].run(run, self.hidden[batch].to(module_device(block)))
 
-        tuning = reconstruct_(
-            block, sites, replay, self.dense, steps=self.config.reconstruct_steps, lr=self.config.reconstruct_lr,
-            generator=self._generator(f"{name} reconstruct"),
-        )  # fmt: skip
-        total = self.config.reconstruct_steps
-        while True:
-            try:
-                done = next(tuning)
-            except StopIteration as stop:
-                reconstruction: Reconstruction = stop.value
-                break
-            if done % PROGRESS_STEPS == 0:
-                detail = f"{name}: reconstruction {done}/{total}"
-                yield Progress(stage="prune", done=index, total=len(self.stack.blocks), detail=detail)
+        tuned: list[Reconstruction] = []
+        for number in range(1, rounds + 1):
+            self.progress = number / rounds
+            reports = self._prune_in_stages(index, block, sites)
+            share = steps if rounds == 1 else steps // 2 if number == rounds else -(-steps // (2 * (rounds - 1)))
+            before = sum(one.steps for one in tuned)
+            tuning = reconstruct_(block, sites, replay, self.dense, steps=max(share, 1), lr=self.config.reconstruct_lr,
+                                  generator=generator)  # fmt: skip
+            while True:
+                try:
+                    done = before + next(tuning)
+                except StopIteration as stop:
+                    tuned.append(stop.value)
+                    break
+                if done % PROGRESS_STEPS == 0:
+                    detail = f"{name}: reconstruction {done}/{steps}"
+                    yield Progress(stage="prune", done=index, total=len(self.stack.blocks), detail=detail)
         zeros = {site.name: int((site.stored == 0).sum()) for site in sites}
-        return [report.model_copy(update={"num_zeros": zeros[report.name]}) for report in reports], reconstruction
+        unknown = {"output_error": None} if rounds > 1 else {}
+        whole = tuned[-1].model_copy(
+            update={"rounds": rounds, "steps": sum(one.steps for one in tuned), "seconds": sum(one.seconds for one in tuned)}
+        )
+        return [report.model_copy(update={"num_zeros": zeros[report.name], **unknown}) for report in reports], whole
 
     def _one_pass(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
         pending = {site.name: site for site in sites}
@@ -285,7 +298,7 @@ class Walk:
         elif not bool(torch.isfinite(stats.sq_I).all()):
             raise NonFiniteError(f"the calibration activations of {site.name} overflow fp32. Use --dtype float32 or bfloat16.")
         generator = self._generator(site.name)
-        target = replace(self.target, sparsity=sparsity)
+        target = replace(self.target, sparsity=sparsity).eased(self.progress)
         try:
             pruned_OI = method.prune(site.weight_OI, stats, target, damping=self.config.damping, generator=generator)
         except FactorizationError as error:

@@ -29,8 +29,10 @@ HELD_OUT = 1 / 8
 """Share of the batches, the last ones, that are never trained on: they decide which weights are kept."""
 NUM_CHECKS = 12
 """How often the held-out error is measured in a full run."""
-PATIENCE = 4
-"""Checks without a lower error after which tuning ends."""
+PATIENCE = 2
+"""Checks in a row without a lower error after which the best weights so far come back, and the rate falls."""
+RATE_FALLS = (1.0, 1 / 4, 1 / 16, 1 / 64)
+"""Factors of the rate, one after another; tuning ends when patience does at the last."""
 _BETAS = (0.9, 0.95)
 
 
@@ -68,8 +70,10 @@ def reconstruct_(
 
     Weights are held in fp32 and cast to their own dtype in every forward, so that the error that is measured is the error of
     what is stored. A step moves a weight by about ``lr`` times the root mean square of its parameter's kept weights; the rate
-    falls to zero as half a cosine. What is stored in the end are the weights of the lowest error on the held-out batches; the
-    block stays as it was unless that is below the error it began with. Closing the generator leaves it as it was.
+    falls to zero as half a cosine. Where the error on the held-out batches stops falling, the weights of its lowest come back
+    and the rate is quartered: a block that is nearly at its best already needs smaller steps than one pruned by magnitude.
+    What is stored in the end are the weights of the lowest error; the block stays as it was unless that is below the error it
+    began with. Closing the generator leaves it as it was.
 
     Args:
         block: the pruned block, on the device it computes on.
@@ -85,18 +89,16 @@ def reconstruct_(
     first_held_out = len(targets) - num_held_out(len(targets))
     held_out = range(first_held_out, len(targets))
     before = best = _error(block, tuned, replay, targets, held_out)
-    kept: list[Tensor] | None = None
     masters = [item.master.requires_grad_() for item in tuned]
+    kept = [master.detach().clone() for master in masters]
     rates = [lr * _rms(item) for item in tuned]
-    optimizer = torch.optim.Adam(
-        [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)], betas=_BETAS, eps=1e-10
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     every = -(-steps // NUM_CHECKS)
     order: list[int] = []
     unit = [_unit(before, targets[batch]) for batch in range(first_held_out)]
+    falls = iter(RATE_FALLS)
+    optimizer, factor = _adam(masters, rates), next(falls)
     done = stale = 0
-    while done < steps and stale < PATIENCE and before > 0:
+    while done < steps and before > 0:
         order = order or torch.randperm(first_held_out, generator=generator).tolist()
         batch = order.pop()
         with torch.enable_grad():
@@ -106,26 +108,35 @@ def reconstruct_(
             gradients = torch.autograd.grad(loss, masters, allow_unused=True)
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient  # zero where not kept: those weights do not depend on it
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor * (1 + math.cos(math.pi * done / steps)) / 2
         optimizer.step()
-        schedule.step()
         done += 1
         if done % every == 0 or done == steps:
             error = _error(block, tuned, replay, targets, held_out)
-            stale += 1
             if error < best:  # never true of NaN
                 best, stale = error, 0
-                kept = [item.weight().detach() for item in tuned]
-            if not error < float("inf"):
-                break
+                _copy_(kept, masters)
+            else:
+                stale += 1
+            if stale == PATIENCE or not math.isfinite(error):
+                factor, stale = next(falls, 0.0), 0
+                if not factor:
+                    break
+                _copy_(masters, kept)
+                optimizer = _adam(masters, rates)
         yield done
-    for item, weight in zip(tuned, kept or (), strict=kept is not None):
-        item.parameter.data.copy_(torch.where(item.keep & (weight == 0), 0.0, weight))  # what a cast rounds to zero is +0.0
+    if best < before:
+        _copy_(masters, kept)
+        for item in tuned:
+            weight = item.weight().detach()
+            item.parameter.data.copy_(torch.where(item.keep & (weight == 0), 0.0, weight))  # a cast's zeros are +0.0
     return Reconstruction(
         error_before=before,
         error_after=best,
         steps=done,
         seconds=time.perf_counter() - begun,
-        rolled_back=kept is None and done > 0,
+        rolled_back=not best < before and done > 0,
     )
 
 
@@ -147,6 +158,18 @@ def _tuned(block: nn.Module, sites: Sequence[Site]) -> list[_Tuned]:
         master = torch.where(keep, parameter.detach().float(), 0.0)
         tuned.append(_Tuned(name, parameter, keep, master))
     return tuned
+
+
+def _adam(masters: Sequence[Tensor], rates: Sequence[float]) -> torch.optim.Adam:
+    """An optimiser without a past; each parameter a group with a rate of its own."""
+    groups: list[dict[str, Any]] = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
+    return torch.optim.Adam(groups, betas=_BETAS, eps=1e-10)
+
+
+@torch.no_grad()
+def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def _rms(item: _Tuned) -> float:

@@ -169,10 +169,10 @@ def test_killed_at_every_stage_and_resumed(
 @pytest.mark.parametrize("moment", [at(BlockFinished, block=0), at(Progress, stage="prune", done=2)], ids=["block", "midway"])
 def test_killed_while_blocks_are_reconstructed(model_dir: Path, texts: dict[str, Any], tmp_path: Path, moment: Moment) -> None:
     """Killed after a block or in the middle of tuning one, and resumed: the bytes of a run that was left alone."""
-    settings: dict[str, Any] = {"reconstruct": True, "reconstruct_steps": 30, "reconstruct_lr": 0.01}
+    settings: dict[str, Any] = {"reconstruct": True, "reconstruct_steps": 30, "reconstruct_rounds": 2}
     llmprune.prune(model_dir, method="wanda", out=tmp_path / "whole", **texts, **settings)
     llmprune.prune(model_dir, method="wanda", out=tmp_path / "plain", **texts)
-    options = ("--reconstruct", "--reconstruct-steps", "30", "--reconstruct-lr", "0.01")
+    options = ("--reconstruct", "--reconstruct-steps", "30", "--reconstruct-rounds", "2")
     argv = arguments(model_dir, texts, tmp_path / "out", "wanda", *options)
     code, _ = run(argv, moment)
     assert code == -signal.SIGKILL and 1 <= Journal(tmp_path / "out.work").num_blocks() < NUM_BLOCKS
