@@ -28,6 +28,7 @@ from llmprune.cli_options import (
     Damping,
     Device,
     DtypeName,
+    EffortOption,
     Eval,
     EventsFile,
     ExportName,
@@ -83,6 +84,7 @@ app = typer.Typer(
 def prune(
     model: Model = BUNDLED_MODEL,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for the checkpoint and the report.")] = None,
+    effort: EffortOption = None,
     method: Method = None,
     sparsity: Sparsity = None,
     pattern: PatternName = None,
@@ -191,6 +193,7 @@ def fetch(
 def plan(
     model: Model = BUNDLED_MODEL,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the checkpoint would go.")] = Path(),
+    effort: EffortOption = None,
     method: Method = None,
     sparsity: Sparsity = None,
     pattern: PatternName = None,

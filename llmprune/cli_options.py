@@ -33,6 +33,7 @@ def _default(field: str) -> str | bool:
 
 Model = Annotated[str, typer.Argument(help=PruneConfig.model_fields["model"].description)]
 Revision = Annotated[str | None, config_option("revision", "--revision")]
+EffortOption = Annotated[str | None, config_option("effort", "--effort")]
 Method = Annotated[str | None, config_option("method", "--method", "-m")]
 Sparsity = Annotated[float | None, config_option("sparsity", "--sparsity", "-s")]
 PatternName = Annotated[str | None, config_option("pattern", "--pattern", "-p")]

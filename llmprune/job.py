@@ -49,7 +49,7 @@ from llmprune.report import (
     Speed,
     StageReport,
 )
-from llmprune.spec import Pattern, PruneConfig, default_seq_len
+from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
 from llmprune.stages import StageClock
 
 _DENSE = "dense"
@@ -198,6 +198,8 @@ class Job:
             yield Progress(stage="calibration", done=done, total=1 + len(self.eval_sources), detail=source)
         if self.calibration_source in self.eval_sources and Path(self.calibration_source).exists():
             yield self._warn(f"{self.calibration_source} serves for calibration and evaluation: the perplexity is optimistic.")
+        if few := self._too_few_tokens():
+            yield self._warn(few)
         self.batch_size = self.config.batch_size or self._choose_batch_size()
         yield clock.finished()
 
@@ -476,6 +478,18 @@ class Job:
             one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device),
             tuned_sites=max(self.stack.sites, key=total_weights) if self.config.reconstruct else (),
+        )
+
+    def _too_few_tokens(self) -> str | None:
+        """A warning where the calibration tokens cannot give every Gram matrix its rank."""
+        widest = max((site for sites in self.stack.sites for site in sites), key=lambda site: site.shape[1])
+        tokens = self.calibration.ids_NS.numel()
+        if get_method(self.config.method).needs < Need.GRAM or tokens >= widest.shape[1]:
+            return None
+        return (
+            f"{tokens} calibration tokens are fewer than the {widest.shape[1]} inputs of {widest.name}: its Gram matrix lacks "
+            f"rank, and damping ({self.config.damping:g} of its mean diagonal) decides the rest. Use more --num-samples, or a "
+            "longer --seq-len."
         )
 
     def _num_windows(self) -> int:

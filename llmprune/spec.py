@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from llmprune.efforts import EFFORTS
 from llmprune.errors import ConfigError, PatternError
 
 Scope = Literal["row", "matrix", "block"]
 Sequential = Literal["block", "group"]
 Allocation = Literal["uniform", "erk", "owl", "pqi", "dp"]
+EffortName = Literal["fast", "balanced", "best"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Export = Literal["dense", "packed"]
 PackedFormat = Literal["2:4", "bitmask"]
@@ -132,6 +134,9 @@ class PruneConfig(BaseModel):
 
     model: str = Field(BUNDLED_MODEL, description="Hub ID or local directory; 'demo' is the bundled model.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    effort: EffortName | None = Field(
+        None, description="Preset of method, allocation and reconstruction: fast, balanced or best; fields given beside it win."
+    )
     method: str = Field("wanda", description="Pruning method; see `llmprune methods`.")
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
         DEFAULT_SPARSITY, description="Fraction of zeros among the pruned sites' weights; n:m patterns fix it themselves."
@@ -189,6 +194,14 @@ class PruneConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _fields_of_effort(cls, values: Any) -> Any:
+        """A preset sets the fields that are not given."""
+        if not isinstance(values, dict) or not isinstance(values.get("effort"), str) or values["effort"] not in EFFORTS:
+            return values
+        return {**EFFORTS[values["effort"]].of(str(values.get("pattern", "unstructured"))), **values}
+
+    @model_validator(mode="before")
+    @classmethod
     def _sparsity_of_pattern(cls, values: Any) -> Any:
         """An n:m pattern fixes the sparsity; a different explicit one is a contradiction."""
         if not isinstance(values, dict) or not isinstance(values.get("pattern"), str):
@@ -230,6 +243,9 @@ class PruneConfig(BaseModel):
         """
         values = config.model_dump(exclude_unset=True) if config is not None else {}
         given = {name: value for name, value in overrides.items() if value is not None}
+        if config is not None and config.effort and {"effort", "pattern"} & given.keys():  # what it set is set anew
+            preset = EFFORTS[config.effort].of(config.pattern)
+            values = {name: value for name, value in values.items() if name not in preset or value != preset[name]}
         patterns = {str(values.get("pattern", "unstructured")), str(given.get("pattern", "unstructured"))}
         if "pattern" in given and "sparsity" not in given and patterns != {"unstructured"}:
             values.pop("sparsity", None)  # it was another pattern's

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "llmprune"
 # Rank of each module or folder; a module may import what ranks lower, or its own folder.
 RANKS = {
-    "_version": 0, "errors": 0, "registration": 0, "spec": 1, "speed": 1, "report": 2, "events": 3,
+    "_version": 0, "efforts": 0, "errors": 0, "registration": 0, "spec": 1, "speed": 1, "report": 2, "events": 3,
     "linalg": 4, "terminal": 4, "masks": 4, "stats": 5, "devices": 5, "solvers": 5,
     "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "engines": 8, "measure": 9, "io": 9,
     "speed_tables": 10, "console": 11, "tables": 12,
@@ -23,7 +23,7 @@ RANKS = {
     "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli": 18, "__main__": 19,
 }  # fmt: skip
 TORCH_FREE = (
-    "_version", "errors", "registration", "spec", "speed", "report", "events", "terminal", "speed_tables", "console",
+    "_version", "efforts", "errors", "registration", "spec", "speed", "report", "events", "terminal", "speed_tables", "console",
     "tables", "cli", "cli_convert", "cli_measure", "cli_options", "methods/__init__", "allocate/__init__", "allocate/budget",
     "__init__", "io/headers",
 )  # fmt: skip

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
 import tiny
+from llmprune.efforts import EFFORTS
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import (
     BlockFinished,
@@ -497,3 +498,22 @@ def test_public_functions_are_no_submodules() -> None:
     assert set(llmprune.__all__) <= set(dir(llmprune))
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         _ = llmprune.prun
+
+
+@pytest.mark.parametrize(("method", "warned"), [("sparsegpt", True), ("alps", True), ("wanda", False)])
+def test_too_few_tokens_for_a_gram_matrix(tiny_model_dir: Path, texts: Texts, method: str, warned: bool) -> None:
+    """Fewer tokens than a site has inputs: methods that invert their products warn, with the remedy, and go on."""
+    report = llmprune.prune(tiny_model_dir, **{**texts, "num_samples": 1, "seq_len": 16}, method=method)
+    messages = [message for message in report.warnings if "16 calibration tokens are fewer than" in message]
+    assert len(messages) == warned
+    assert all("--num-samples" in message and "lacks rank" in message for message in messages)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_efforts(tiny_model_dir: Path, texts: Texts, effort: str) -> None:
+    """Each runs through, and the report shows what it set."""
+    report = llmprune.prune(tiny_model_dir, **{**texts, "num_samples": 4, "batch_size": 1}, effort=effort, reconstruct_steps=4)
+    assert report.config.effort == effort
+    assert report.config.method == EFFORTS[effort].fields["method"]
+    assert all(bool(block.reconstruction) == (effort != "fast") for block in report.blocks)
+    assert (report.allocation is not None) == (effort == "best")

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
+from llmprune.efforts import EFFORTS
 from llmprune.errors import ConfigError, PatternError, UserError
-from llmprune.spec import DEFAULT_SPARSITY, Need, Pattern, PruneConfig, Target, default_seq_len
+from llmprune.spec import DEFAULT_SPARSITY, EffortName, Need, Pattern, PruneConfig, Target, default_seq_len
 
 
 def _error(**overrides: Any) -> str:
@@ -234,3 +235,34 @@ def test_default_texts_depend_on_the_model() -> None:
     assert (bundled.calibration_source(in_memory=True), bundled.eval_sources(in_memory=True)) == ("c4", ("wikitext2",))
     asked = PruneConfig(calibration="ptb", eval=())
     assert (asked.calibration_source(), asked.eval_sources()) == ("ptb", ())
+
+
+def test_every_effort_has_a_line_of_the_table() -> None:
+    """The choices of the field are the table's."""
+    assert get_args(EffortName) == tuple(EFFORTS)
+
+
+@pytest.mark.parametrize("name", EFFORTS)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_an_effort_sets_what_is_not_given(name: str, pattern: str) -> None:
+    """Its fields are set, those given beside it win, and the config read back is the same."""
+    config = PruneConfig.build(effort=name, pattern=pattern)
+    assert config.model_dump() == PruneConfig(pattern=pattern).model_dump() | EFFORTS[name].of(pattern) | {"effort": name}
+    assert PruneConfig.model_validate_json(config.model_dump_json()) == config
+    own = PruneConfig.build(effort=name, pattern=pattern, method="ria")
+    assert own.model_dump() == config.model_dump() | {"method": "ria"}
+
+
+def test_another_effort_or_pattern_replaces_the_fields_of_the_first() -> None:
+    """A preset leaves nothing behind; what the user gave stays."""
+    best = PruneConfig.build(effort="best", seed=3)
+    assert best.allocation == "dp"
+    assert PruneConfig.build(best, effort="fast") == PruneConfig.build(effort="fast", seed=3)
+    assert PruneConfig.build(best, pattern="2:4") == PruneConfig.build(effort="best", seed=3, pattern="2:4")
+    assert PruneConfig.build(best, seed=4) == PruneConfig.build(effort="best", seed=4)
+
+
+def test_an_unknown_effort_names_the_known_ones() -> None:
+    """One line with the choices."""
+    with pytest.raises(ConfigError, match="effort: .*'fast', 'balanced' or 'best'"):
+        PruneConfig.build(effort="quick")
