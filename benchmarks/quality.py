@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -140,9 +141,16 @@ def run_cell(cell: Cell, *, jobs: int, limit_seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             result = {"status": "limit", "limit_seconds": limit_seconds}
         except subprocess.CalledProcessError as error:
-            lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-            result = {"status": "failed", "error": lines[-1]}
+            result = {"status": "failed", "error": _reason(error)}
     return {**result, "wall_seconds": round(time.perf_counter() - begun, 1)}
+
+
+def _reason(error: subprocess.CalledProcessError) -> str:
+    """Why a cell's process ended: the exception, which is the last line it wrote, or the signal."""
+    if error.returncode < 0:
+        return f"ended by {signal.Signals(-error.returncode).name}"
+    lines = error.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {error.returncode}"
 
 
 def _line(cell: Cell, result: dict[str, Any]) -> str:

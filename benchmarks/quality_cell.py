@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -116,8 +119,21 @@ def split_stories(files: Iterable[Path], folder: Path) -> dict[str, str]:
     return made
 
 
+def end_with_parent() -> None:
+    """End this process once the one that started it is gone, however it went."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     """Read, measure, write."""
+    end_with_parent()
     fields = json.load(sys.stdin)
     with tempfile.TemporaryDirectory() as temporary:
         texts = {fields[name] for name in ("calibration", "eval") if Path(fields[name]).is_file()}

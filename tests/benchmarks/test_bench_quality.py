@@ -316,6 +316,32 @@ def test_a_run_goes_on_where_it_was(bench: Callable[..., Any], tmp_path: Path) -
     assert {"quality.csv", "quality.svg"} < {file.name for file in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("raise ValueError('first')\n", "ValueError: first"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("import sys; sys.exit(3)", "exit code 3"),
+    ],
+)
+def test_a_failed_cell_says_why(code: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The exception it ended with, or the signal that ended it."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "quality_cell.py").write_text(code)
+    monkeypatch.setattr(quality, "ROOT", tmp_path)
+    result = quality.run_cell(Cell(DEMO, VARIANTS["wanda"], "60 %"), jobs=1, limit_seconds=60)
+    assert result["status"] == "failed" and result["error"] == says
+
+
+def test_a_cell_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At its limit, which is what its result says."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "quality_cell.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(quality, "ROOT", tmp_path)
+    result = quality.run_cell(Cell(DEMO, VARIANTS["wanda"], "60 %"), jobs=1, limit_seconds=0.3)
+    assert (result["status"], result["limit_seconds"]) == ("limit", 0.3)
+
+
 def test_a_cell_past_its_limit_is_tried_again_with_more_time(bench: Callable[..., Any]) -> None:
     """And only then; it is no failure."""
     few = ("--targets", "60%", "--variants", "alps")
