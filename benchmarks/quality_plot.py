@@ -96,14 +96,14 @@ def _panel(results: Results, model: str, target: str, colours: dict[str, str]) -
     best = front(found)
     line = " ".join(f"{at_x(point.seconds):.1f},{at_y(point.gap):.1f}" for point in best)
     parts.append(f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="3 3"/>')
+    parts += _labels([point for point in found if point in best or point.name == BASELINE], at_x, at_y)
     for point in found:
         says = escape(f"{point.name}: gap {point.gap:.4f}, {point.seconds:.1f} s")
         parts.append(
             f'<circle cx="{at_x(point.seconds):.1f}" cy="{at_y(point.gap):.1f}" r="{RADIUS}" fill="{colours[point.family]}" '
             f'stroke="#fff"><title>{says}</title></circle>'
         )
-    named = [point for point in found if point in best or point.name == BASELINE]
-    return "".join([*parts, *_labels(named, at_x, at_y)])
+    return "".join(parts)
 
 
 def _labels(named: list[Point], at_x: Callable[[float], float], at_y: Callable[[float], float]) -> list[str]:
