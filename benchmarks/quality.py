@@ -82,7 +82,6 @@ def _choose(console: Console, options: argparse.Namespace) -> list[Cell]:
     variants = _only(options.variants, list(VARIANTS), "variants")
     targets = _only(options.targets, list(TARGETS), "targets")
     asked = [cell for cell in cells(models) if cell.target in targets and cell.variant.name in variants]
-    # The slowest model first: what is left is then overestimated, not underestimated.
     return [cell for cell in asked if cell.model.name in names]
 
 
@@ -150,7 +149,8 @@ def _reason(error: subprocess.CalledProcessError) -> str:
     if error.returncode < 0:
         return f"ended by {signal.Signals(-error.returncode).name}"
     lines = error.stderr.strip().splitlines()
-    return lines[-1] if lines else f"exit code {error.returncode}"
+    # Names below the data's folder: results are no place for the folders of a machine.
+    return lines[-1].replace(f"{data_root().resolve()}/", "") if lines else f"exit code {error.returncode}"
 
 
 def _line(cell: Cell, result: dict[str, Any]) -> str:

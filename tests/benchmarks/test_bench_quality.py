@@ -319,15 +319,16 @@ def test_a_run_goes_on_where_it_was(bench: Callable[..., Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("raise ValueError('first')\n", "ValueError: first"),
+        ("raise ValueError('no /data/models/one')\n", "ValueError: no models/one"),
         ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
         ("import sys; sys.exit(3)", "exit code 3"),
     ],
 )
 def test_a_failed_cell_says_why(code: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The exception it ended with, or the signal that ended it."""
+    """The exception it ended with, without the folder of the data, or the signal that ended it."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "quality_cell.py").write_text(code)
+    monkeypatch.setenv("LLMPRUNE_BENCH_DATA", "/data")
     monkeypatch.setattr(quality, "ROOT", tmp_path)
     result = quality.run_cell(Cell(DEMO, VARIANTS["wanda"], "60 %"), jobs=1, limit_seconds=60)
     assert result["status"] == "failed" and result["error"] == says
