@@ -71,8 +71,12 @@ class Cell:
 
     @property
     def hash(self) -> str:
-        """Of the fields: a result with another one is of other settings."""
-        return hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:12]
+        """Of all settings that are not the defaults, those of a preset among them: another one is of another job.
+
+        A default that changes does not show, nor does the code: `--fresh` is for them.
+        """
+        settings = PruneConfig.build(**self.fields).model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _family(method: Method) -> str:

@@ -69,10 +69,12 @@ def test_a_variant_that_cannot_be_is_refused(fields: dict[str, Any], monkeypatch
 
 
 def test_the_hash_is_of_every_setting() -> None:
-    """Of the model, the target and the variant; the order of fields is none."""
+    """Of the model, the target and the variant; neither the order of fields nor a default that is spelt out."""
     cell = Cell(DEMO, VARIANTS["wanda"], "60 %")
     turned = Model(DEMO.name, dict(reversed(DEMO.fields.items())), {})
     assert Cell(turned, VARIANTS["wanda"], "60 %").hash == cell.hash
+    spelt = Variant("wanda", "score", {"method": "wanda", "reconstruct": False})
+    assert Cell(DEMO, spelt, "60 %").hash == cell.hash
     others = [
         Cell(DEMO, VARIANTS["alps"], "60 %"),
         Cell(DEMO, VARIANTS["wanda"], "2:4"),
