@@ -4,7 +4,10 @@
 #                           MODEL=, METHOD=, SPARSITY=, PATTERN=, DTYPE=, OUT=, ARGS= change the job
 #   make test               the whole suite, offline, in JOBS=2 processes
 #   make lint               ruff, mypy
-#   make bench              speed, memory and quality; writes the tables of the README
+#   make bench              speed, memory and packing; writes the tables of the README
+#   make bench-quality      every method, combination and preset on the demo model and those of LLMPRUNE_BENCH_DATA (../shared): hours,
+#                           goes on where it was stopped; ARGS="--models demo --targets 60% --variants wanda,alps --jobs 2 --limit 20",
+#                           ARGS=--tables writes docs/quality.* again from the results, ARGS=--fresh measures all anew
 #   make bench-gpu          every kernel checked, then timed, on this machine's GPU; without one it says so
 #   make bench-service      the service under load, under random kills, and with a 3 GiB download
 
@@ -25,7 +28,7 @@ ONCE ?=
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: run test lint format bench bench-gpu bench-service lock clean
+.PHONY: run test lint format bench bench-quality bench-gpu bench-service lock clean
 
 # Data of the service that `make run` starts; a local model is allowed to be named by its jobs.
 export LLMPRUNE_DATA_DIR ?= $(CURDIR)/runs/service
@@ -51,6 +54,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-quality: $(READY)
+	$(BIN)/python -m benchmarks quality $(ARGS)
 
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_kernels $(ARGS)

@@ -1,5 +1,6 @@
-"""Run the benchmarks: `make bench`, or `python -m benchmarks speed memory packed quality corpora sequential readme`.
+"""Run the benchmarks: `make bench`, or `python -m benchmarks speed memory packed sequential readme`.
 
+`make bench-quality`, or `python -m benchmarks quality`, compares the methods; it takes hours and goes on where it was stopped.
 `make bench-service`, or `python -m benchmarks service`, runs service-load, service-download and service-chaos.
 """
 
@@ -15,16 +16,25 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import memory, packed, quality, readme, service, service_chaos, service_download, service_load, speed
+from benchmarks import (
+    memory,
+    packed,
+    quality,
+    readme,
+    sequential,
+    service,
+    service_chaos,
+    service_download,
+    service_load,
+    speed,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, Any] = {
-    "quality": quality.run,
-    "sequential": quality.run_sequential,
+    "sequential": sequential.run,
     "speed": speed.run,
     "memory": memory.run,
     "packed": packed.run,
-    "corpora": quality.run_corpora,
 }
 SERVICE: dict[str, Any] = {
     "service-load": service_load.run,
@@ -34,24 +44,30 @@ SERVICE: dict[str, Any] = {
 
 
 def main() -> None:
-    """Run what is named, write a JSON file for each, and refresh the README's table from the files.
+    """Run what is named, write a JSON file for each, and refresh the README's tables from the files.
 
     Exits with 1 if a result says that something is wrong.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = [*BENCHMARKS, *SERVICE, "service", "readme", []]
-    parser.add_argument("names", nargs="*", choices=choices, help="default: all but those of the service")
-    names = parser.parse_args().names or [*BENCHMARKS]
+    choices = [*BENCHMARKS, "quality", *SERVICE, "service", "readme", []]
+    names_help = "default: all but quality and those of the service"
+    parser.add_argument("names", nargs="*", choices=choices, help=names_help)
+    quality.add_options(parser)
+    options = parser.parse_args()
     console = Console()
     is_wrong = False
-    for name in chain.from_iterable(SERVICE if name == "service" else [name] for name in names):
-        if name != "readme":
-            console.rule(name)
-            result = (BENCHMARKS | SERVICE)[name](console)
-            is_wrong |= bool(result and result.get("wrong"))
-            is_smaller = name in SERVICE and any(size in os.environ for size in service.SMALLER)
-            if result is not None and not is_smaller:
-                (RESULTS / f"{name.replace('-', '_')}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name in chain.from_iterable(SERVICE if name == "service" else [name] for name in options.names or BENCHMARKS):
+        if name == "readme":
+            continue
+        console.rule(name)
+        if name == "quality":  # keeps its own file, cell by cell
+            is_wrong |= quality.run(console, options)
+            continue
+        result = (BENCHMARKS | SERVICE)[name](console)
+        is_wrong |= bool(result and result.get("wrong"))
+        is_smaller = name in SERVICE and any(size in os.environ for size in service.SMALLER)
+        if result is not None and not is_smaller:
+            (RESULTS / f"{name.replace('-', '_')}.json").write_text(json.dumps(result, indent=1) + "\n")
     readme.refresh(RESULTS)
     sys.exit(is_wrong)
 

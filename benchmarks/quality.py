@@ -1,93 +1,170 @@
-"""The README's table: the demo model under every method at 50 %, 2:4 and 60 %, measured in one run.
+"""`make bench-quality`: every method, combination and preset on the demo model and on the models of a folder.
 
-Also the models and texts of a folder named by LLMPRUNE_BENCH_DATA (its models/ and corpora/), where there is one.
+The folder is named by LLMPRUNE_BENCH_DATA (its models/ and corpora/). Every cell is a process of its own, and its result is
+in the file of results as soon as it is there: a run that is stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-import llmprune
-from llmprune.devices import environment, pick_device
+from benchmarks import quality_bars, quality_plot, quality_tables
+from benchmarks.quality_results import Results
+from benchmarks.quality_variants import PATHS, TARGETS, VARIANTS, Cell, cells, check, find_models
+from llmprune.spec import BUNDLED_MODEL
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("50 %", {"sparsity": 0.5}),
-    ("2:4", {"pattern": "2:4"}),
-    ("60 %", {"sparsity": 0.6}),
-)
-
-
-def run(console: Console, **overrides: Any) -> dict[str, Any]:
-    """Prune the bundled model in every setting and print perplexity, KL and seconds."""
-    rows = [_row(console, label, method, fields | overrides) for label, fields in SETTINGS for method in METHODS]
-    first = rows[0]
-    table = Table("sparsity", "method", "perplexity", "ratio", "KL", "top-1", "prune s", title=f"Demo model, {first['text']}")
-    table.add_row("dense", "", f"{first['dense']:.2f}", "1.00", "0", "100 %", "")
-    for row in rows:
-        table.add_row(
-            row["sparsity"], row["method"], f"{row['perplexity']:.2f}", f"{row['ratio']:.2f}", f"{row['kl']:.4f}",
-            f"{row['top1']:.1%}", f"{row['seconds']:.1f}",
-        )  # fmt: skip
-    console.print(table)
-    return {"environment": environment(pick_device("auto")).model_dump(), "rows": rows}
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+DOCS = ROOT / "docs"
+LIMIT_MINUTES = 20.0
 
 
-def run_sequential(console: Console) -> dict[str, Any]:
-    """Recomputing inputs after each group of sites against once per block, as the papers do."""
-    rows = []
-    for sequential in ("group", "block"):
-        for method in ("wanda", "sparsegpt"):
-            row = _row(console, "60 %", method, {"sparsity": 0.6, "sequential": sequential})
-            rows.append({**row, "sequential": sequential})
-    return {"rows": rows}
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What only this benchmark takes."""
+    group = parser.add_argument_group("quality")
+    for name, example in (("models", "demo"), ("targets", "60%%,2:4"), ("variants", "wanda,alps+reconstruct")):
+        group.add_argument(f"--{name}", default="", metavar="A,B", help=f"only these, such as {example}")
+    group.add_argument("--jobs", type=int, default=1, help="cells at once, which share the cores (1)")
+    group.add_argument("--limit", type=float, default=LIMIT_MINUTES, help=f"minutes a cell may take ({LIMIT_MINUTES:g})")
+    group.add_argument("--fresh", action="store_true", help="measure again what has a result")
+    group.add_argument("--tables", action="store_true", help="measure nothing: tables and plot from the results there are")
 
 
-def run_corpora(console: Console) -> dict[str, Any] | None:
-    """Small models trained by others, on TinyStories and WikiText-2; None where the data is not there."""
-    root = Path(os.environ.get("LLMPRUNE_BENCH_DATA", "../shared"))
-    cases = (
-        ("stories260K", "tinystories/calib.txt", "tinystories/test.txt", 512),
-        ("TinyStories-656K", "tinystories/calib.txt", "tinystories/test.txt", 512),
-        ("stories2M-relu", "tinystories/calib.txt", "tinystories/test.txt", 512),
-        ("demo", "calibration/code.utf8", "wikitext-2/wiki.test.raw", 512),
-    )
-    if not (root / "models").is_dir():
-        console.print(f"No models under {root}: skipped. Name a folder with LLMPRUNE_BENCH_DATA.")
-        return None
-    rows = []
-    for model, calibration, evaluation, seq_len in cases:
-        for method in METHODS:
-            fields = {
-                "model": model if model == "demo" else str(root / "models" / model),
-                "calibration": str(root / "corpora" / calibration), "eval": str(root / "corpora" / evaluation),
-                "seq_len": seq_len, "max_eval_tokens": 65536, "trust_remote_code": model == "stories2M-relu",
-            }  # fmt: skip
-            rows.append({"model": model, **_row(console, "50 %", method, fields)})
-    return {"rows": rows}
+def run(console: Console, options: argparse.Namespace) -> bool:
+    """Measure what has no result yet, write tables and plot; whether any of the cells asked for has failed."""
+    check()
+    results = Results.read(RESULTS)
+    has_failed = False
+    if not options.tables:
+        chosen = _choose(console, options)
+        results.models |= {cell.model.name: cell.model for cell in chosen}
+        open_cells = [cell for cell in chosen if options.fresh or not results.is_done(cell, 60 * options.limit)]
+        console.print(f"{len(chosen)} cells, {len(chosen) - len(open_cells)} of them with a result.")
+        for line in _measure(open_cells, results, jobs=options.jobs, limit_seconds=60 * options.limit):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        failed = [cell.key for cell in chosen if (found := results.cell(cell)) and found["status"] == "failed"]
+        has_failed = bool(failed)
+        if failed:
+            console.print(f"FAILED: {', '.join(failed)}", style="red", markup=False)
+    if results.cells:
+        write_documents(results, DOCS)
+        for bar in quality_bars.bars(results):
+            console.print(f"{bar.verdict:12s} {bar.text}", highlight=False, markup=False, soft_wrap=True)
+    return has_failed
 
 
-def _row(console: Console, label: str, method: str, fields: dict[str, Any]) -> dict[str, Any]:
-    # Half precision is emulated on most CPUs, many times slower than fp32.
-    dtype = "float32" if pick_device("auto").type == "cpu" else "auto"
-    fields = {"sequential": "group", **fields}
-    report = llmprune.prune(method=method, latency=False, dtype=dtype, **fields)
-    quality = report.quality[0]
-    assert quality.perplexity_dense and quality.perplexity_pruned and quality.ratio
-    seconds = next(stage.seconds for stage in report.stages if stage.name == "prune")
-    # Only the file's name: a table is no place for the folders of a machine.
-    text = f"{Path(quality.text.source).name}, seq_len {quality.text.seq_len}, {quality.text.num_tokens} tokens"
-    text += f", {report.model.dtype}"
-    console.print(
-        f"{Path(report.model.name).name:18s} {label:5s} {method:10s} {quality.perplexity_pruned:9.3f}  {seconds:.1f} s"
-    )
-    return {
-        "sparsity": label, "method": method, "text": text, "dense": quality.perplexity_dense,
-        "perplexity": quality.perplexity_pruned, "ratio": quality.ratio, "kl": quality.kl, "top1": quality.top1_agreement,
-        "seconds": seconds, "walk": report.walk, "achieved": report.sparsity,
-    }  # fmt: skip
+def write_documents(results: Results, folder: Path) -> None:
+    """The CSV, the page and the plot, from the results alone."""
+    (folder / "quality.csv").write_text(quality_tables.csv_text(results), encoding="utf-8")
+    (folder / "quality.md").write_text(quality_tables.page(results), encoding="utf-8")
+    (folder / "quality.svg").write_text(quality_plot.svg(results), encoding="utf-8")
+
+
+def _choose(console: Console, options: argparse.Namespace) -> list[Cell]:
+    root = data_root()
+    models = find_models(root)
+    if [model.name for model in models] == [BUNDLED_MODEL]:
+        console.print(f"No models under {root}: only the demo model. Name a folder with LLMPRUNE_BENCH_DATA.")
+    names = _only(options.models, [model.name for model in models], "models")
+    variants = _only(options.variants, list(VARIANTS), "variants")
+    targets = _only(options.targets, list(TARGETS), "targets")
+    asked = [cell for cell in cells(models) if cell.target in targets and cell.variant.name in variants]
+    return [cell for cell in asked if cell.model.name in names]
+
+
+def _only(asked: str, known: Sequence[str], what: str) -> list[str]:
+    """The known names that were asked for, spaces aside ("60%" is "60 %"); all where none was."""
+    plain = {name.replace(" ", ""): name for name in known}
+    wanted = [name.replace(" ", "") for name in asked.split(",") if name.strip()] or list(plain)
+    unknown = [name for name in wanted if name not in plain]
+    if unknown:
+        raise SystemExit(f"--{what}: {', '.join(unknown)} unknown; known are {', '.join(plain)}.")
+    return [plain[name] for name in wanted]
+
+
+def data_root() -> Path:
+    """Where the models and texts are."""
+    return Path(os.environ.get("LLMPRUNE_BENCH_DATA", "../shared"))
+
+
+def _measure(open_cells: list[Cell], results: Results, *, jobs: int, limit_seconds: float) -> Iterator[str]:
+    """Measure cells, file each result as it comes, and yield a line about it."""
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures: dict[Future[dict[str, Any]], Cell] = {
+            pool.submit(run_cell, cell, jobs=jobs, limit_seconds=limit_seconds): cell for cell in open_cells
+        }
+        try:
+            for number, future in enumerate(as_completed(futures), start=1):
+                cell, result = futures[future], future.result()
+                results.add(cell, result)
+                results.write(RESULTS)
+                spent = time.perf_counter() - begun
+                rest = spent / number * (len(open_cells) - number)
+                yield f"[{number}/{len(open_cells)}] {_line(cell, result)}; {_minutes(spent)} so far, {_minutes(rest)} to go"
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_cell(cell: Cell, *, jobs: int, limit_seconds: float) -> dict[str, Any]:
+    """One cell in a process of its own: what it measured, or why there is nothing."""
+    fields = dict(cell.fields)
+    if cell.model.name != BUNDLED_MODEL:
+        fields |= {name: str((data_root() / fields[name]).resolve()) for name in PATHS}
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    environ = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.quality_cell", str(file)]
+        try:
+            subprocess.run(
+                command, input=json.dumps(fields), capture_output=True, text=True, check=True, timeout=limit_seconds,
+                cwd=ROOT, env={**os.environ, **environ},
+            )  # fmt: skip
+            result = {"status": "ok", **json.loads(file.read_text())}
+        except subprocess.TimeoutExpired:
+            result = {"status": "limit", "limit_seconds": limit_seconds}
+        except subprocess.CalledProcessError as error:
+            result = {"status": "failed", "error": _reason(error)}
+    return {**result, "wall_seconds": round(time.perf_counter() - begun, 1)}
+
+
+def _reason(error: subprocess.CalledProcessError) -> str:
+    """Why a cell's process ended: the exception, which is the last line it wrote, or the signal."""
+    if error.returncode < 0:
+        return f"ended by {signal.Signals(-error.returncode).name}"
+    lines = error.stderr.strip().splitlines()
+    # Names below the data's folder: results are no place for the folders of a machine.
+    return lines[-1].replace(f"{data_root().resolve()}/", "") if lines else f"exit code {error.returncode}"
+
+
+def _line(cell: Cell, result: dict[str, Any]) -> str:
+    name = f"{cell.model.name:16s} {cell.target:4s} {cell.variant.name:22s}"
+    if result["status"] == "ok":
+        values = f"{quality_tables.number(result['perplexity'])} (dense {quality_tables.number(result['perplexity_dense'])})"
+        return f"{name} {values}, {result['seconds']:.1f} s of {result['wall_seconds']:.0f} s"
+    if result["status"] == "limit":
+        return f"{name} not done after {_minutes(result['limit_seconds'])}"
+    return f"{name} FAILED: {result['error']}"
+
+
+def _minutes(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

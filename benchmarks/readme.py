@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import packed, service_chaos, service_download, service_load
+from benchmarks import packed, quality_tables, service_chaos, service_download, service_load
+from benchmarks.quality_results import Results
 from benchmarks.service import say_where
 
 README = Path(__file__).parent.parent / "README.md"
 
 
 def refresh(results: Path) -> None:
-    """Replace what stands between <!-- NAME --> and <!-- /NAME --> for every result there is."""
+    """Replace what stands between <!-- NAME --> and <!-- /NAME --> for every result there is, unless its table is empty."""
     before = text = README.read_text(encoding="utf-8")
     tables: dict[str, Callable[[dict[str, Any]], str]] = {
         "quality": _quality, "speed": _speed, "memory": _memory, "packed": _packed, "service_load": _service_load,
@@ -23,30 +24,14 @@ def refresh(results: Path) -> None:
     }  # fmt: skip
     for name, table in tables.items():
         file = results / f"{name}.json"
-        if file.exists():
-            body = table(json.loads(file.read_text()))
+        if file.exists() and (body := table(json.loads(file.read_text()))):
             text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{body}\n\g<2>", text, flags=re.DOTALL)
     if text != before:
         README.write_text(text, encoding="utf-8")
 
 
 def _quality(result: dict[str, Any]) -> str:
-    rows = result["rows"]
-    lines = [
-        "| sparsity | method | perplexity | x dense | KL(dense \\|\\| pruned) | top-1 agreement | pruning |",
-        "|---|---|---:|---:|---:|---:|---:|",
-        f"| dense | | {rows[0]['dense']:.2f} | 1.00 | 0 | 100 % | |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['sparsity']} | {row['method']} | {row['perplexity']:.2f} | {row['ratio']:.2f} | {row['kl']:.4f} "
-            f"| {row['top1']:.1%} | {row['seconds']:.1f} s |"
-        )
-    note = (
-        f"\n{rows[0]['text']}, {rows[0]['walk']} walk (`--sequential group`); {result['environment']['device']}. "
-        "`python -m benchmarks quality` prints it."
-    )
-    return "\n".join(lines) + "\n" + note
+    return quality_tables.readme_table(Results.parse(result))
 
 
 def _speed(result: dict[str, Any]) -> str:
