@@ -24,7 +24,7 @@ TARGETS: dict[str, Fields] = {
     "2:4": {"pattern": "2:4"},
     "4:8": {"pattern": "4:8"},
 }
-NUM_SAMPLES, MAX_SEQ_LEN, MAX_EVAL_TOKENS = 64, 512, 32768
+NUM_SAMPLES, MAX_SEQ_LEN, MAX_EVAL_TOKENS = 64, 256, 32768
 CALIBRATION, EVALUATION = "corpora/tinystories/calib.txt", "corpora/tinystories/test.txt"
 PATHS = ("model", "calibration", "eval")
 """Fields that name something below the data's folder, for all models but the bundled one."""

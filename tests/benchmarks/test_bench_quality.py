@@ -88,14 +88,19 @@ def test_models_of_a_folder(tmp_path: Path) -> None:
     """Each with the length and the trust it needs, and a pattern that does not fit skips what it does not fit."""
     for name, changes in {
         "even": {},
-        "odd": {"intermediate_size": 172, "auto_map": {}, "max_position_embeddings": 256},
+        "odd": {"intermediate_size": 172, "auto_map": {}, "max_position_embeddings": 128},
     }.items():
         (tmp_path / "models" / name).mkdir(parents=True)
         config = {"intermediate_size": 512, "max_position_embeddings": 2048, **changes}
         (tmp_path / "models" / name / "config.json").write_text(json.dumps(config))
     demo, even, odd = quality_variants.find_models(tmp_path)
-    assert demo == DEMO and even.fields["seq_len"] == 512 and "trust_remote_code" not in even.fields and not even.skip
-    assert odd.fields["seq_len"] == 256 and odd.fields["trust_remote_code"] and odd.skip == {"4:8": ["*.down_proj"]}
+    assert (
+        demo == DEMO
+        and even.fields["seq_len"] == quality_variants.MAX_SEQ_LEN
+        and "trust_remote_code" not in even.fields
+        and not even.skip
+    )
+    assert odd.fields["seq_len"] == 128 and odd.fields["trust_remote_code"] and odd.skip == {"4:8": ["*.down_proj"]}
     assert Cell(odd, VARIANTS["wanda"], "4:8").fields["skip"] == ["*.down_proj"]
     assert "skip" not in Cell(odd, VARIANTS["wanda"], "2:4").fields
 
