@@ -190,7 +190,7 @@ def test_mixed_patterns(job: dict[str, Any], tmp_path: Path, allocation: str, me
     assert len(patterns) == 14 and len(set(patterns.values())) > 1
     assert set(patterns.values()) <= ({"dense", "2:4", "1:4"} if export == "packed" else {"dense", "4:8", "1:4"})
     assert 0.55 <= report.sparsity == report.allocation.sparsity < 0.56
-    model = llmprune.load(tmp_path / "out").model
+    model: Any = llmprune.load(tmp_path / "out")
     unpack_(model)
     sites = [site for block in report.blocks for site in block.sites]
     assert len(sites) == 14
@@ -245,18 +245,8 @@ def test_mixed_needs_measured_costs() -> None:
 
 def test_command_line_of_mixed_patterns(cli: Callable[..., Any], job: dict[str, Any], tmp_path: Path) -> None:
     """The table says how many sites have each pattern, and the plan foresees the job."""
-    options = [
-        "--pattern",
-        "mixed",
-        "--allocation",
-        "dp",
-        "--num-samples",
-        4,
-        "--seq-len",
-        32,
-        "--calibration",
-        job["calibration"],
-    ]
+    quick = ["--num-samples", 4, "--seq-len", 32, "--calibration", job["calibration"]]
+    options = ["--pattern", "mixed", "--allocation", "dp", *quick]
     outcome = cli("prune", job["model"], "--out", tmp_path / "out", *options, "--no-eval", "--no-latency")
     assert outcome.code == 0, outcome.err
     assert "mixed, target 50 %" in outcome.out and "4:8" in outcome.out

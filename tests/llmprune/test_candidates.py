@@ -1,4 +1,4 @@
-"""Candidates on the model: their weights are the method's, their divergence that of whole forwards, and nothing is left behind."""
+"""Candidates on the model: their weights are the method's, their divergence that of whole forwards, and nothing stays."""
 
 from __future__ import annotations
 
