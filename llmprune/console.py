@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -118,6 +119,10 @@ def _sparsity(report: Report) -> Table:
     if report.allocation:
         lowest, highest = percent(report.allocation.min_sparsity), percent(report.allocation.max_sparsity)
         add_row(table, f"  {report.allocation.name}, per matrix", "", "", f"{lowest} - {highest}")
+        for pattern, num_sites in Counter(report.allocation.patterns.values()).most_common():
+            add_row(table, f"  {pattern}", "", "", f"{num_sites} sites")
+        if search := report.allocation.search:
+            add_row(table, "  KL of the allocation, dp and found", "", "", f"{search.kl_start:.4f} - {search.kl_end:.4f}")
     add_row(table, "whole model", count(report.num_zeros_model), count(model), percent(report.sparsity_of_model))
     return table
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune import memory
 from llmprune._version import __version__
-from llmprune.allocation import Sharing
+from llmprune.allocation import Sharing, targets_of_sites
 from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
 from llmprune.anatomy.sites import check_pattern, select, total_weights
 from llmprune.conversion import pack_folder_, packing_warnings
@@ -262,7 +262,8 @@ class Job:
             yield clock.finished(data["seconds"])
             return
         assert self.model is not None
-        sharing = Sharing(self.model, self.stack, config, self.calibration.ids_NS, self.batch_size, self.device)
+        directory = self.journal.directory if self.journal else None
+        sharing = Sharing(self.model, self.stack, config, self.calibration.ids_NS, self.batch_size, self.device, directory)
         yield clock.started(sharing.num_steps)
         self.allocation = yield from sharing.run()
         if self.journal:
@@ -279,8 +280,8 @@ class Job:
             device = module_device(self.model)
             batches = [batch.to(device) for batch in self.calibration.ids_NS.split(self.batch_size)]
             recording = record(self.model, self.stack, batches)
-        sparsities = self.allocation.sparsities if self.allocation else {}
-        walk = Walk(self.stack, recording, self.config, self.device, sparsities)
+        targets = targets_of_sites(self.config, self.allocation)
+        walk = Walk(self.stack, recording, self.config, self.device, targets)
         self.walk_kind = walk.kind
         if start and walk.dense and not recording.stateful:
             with eager_experts(self.model):

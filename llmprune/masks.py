@@ -31,6 +31,7 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float, scope: Scope)
         raise ValueError("scores hold NaN")
     if score_OI.numel() == 0:
         return torch.ones_like(score_OI, dtype=torch.bool)
+    assert not pattern.mixed, "a site of a mixed job has a pattern of its own"
     if pattern.m is not None and pattern.n is not None:
         return _keep_n_of_m(score_OI, pattern.n, pattern.m)
     if scope == "row":

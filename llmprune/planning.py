@@ -21,12 +21,15 @@ from transformers import PreTrainedModel
 
 from llmprune import memory
 from llmprune.allocate import ALLOCATORS
+from llmprune.allocate.evolution import MAX_RUNGS
+from llmprune.allocation import NUM_CHUNKS, search_tokens, searches
 from llmprune.anatomy.blocks import Stack, find_stack
 from llmprune.anatomy.sites import Site, check_pattern, select, total_weights
 from llmprune.description import describe_model
 from llmprune.devices import device_name, free_bytes, pick_device
+from llmprune.engines.evolution import MEMORY_SHARE
 from llmprune.engines.reconstruct import HELD_OUT, NUM_CHECKS
-from llmprune.engines.survey import check_budget, group_of, levels, probe_sequences
+from llmprune.engines.survey import check_budget, group_of, probe_sequences, surveyed_by, targets_of
 from llmprune.errors import DoesNotFit
 from llmprune.io.models import build_empty, check_files, hub_errors, load_config, local_directory
 from llmprune.io.stdlib_text import stdlib_documents
@@ -213,12 +216,26 @@ class _Planner:
         groups = {group_of(site) for site in self.sites}
         probes = probe_sequences(self.config.num_samples, self.seq_len) * self.seq_len
         gram = 2.0 * tokens * sum(site.shape[1] ** 2 for site in self._leaders())
-        errors = 4.0 * (2 + len(levels(self.config.sparsity))) * sum(site.numel * site.shape[1] for site in self.sites)
+        num_prunings = 2.0 + sum(len(targets_of(self.config, site)) for site in self.sites) / len(self.sites)
+        pruning_once = 4.0 * sum(site.numel * site.shape[1] for site in self.sites)
         head = 2.0 * self.text_config.vocab_size * self.text_config.hidden_size
-        flops = forward * tokens + gram + errors + len(groups) * probes * (forward / 2 + head)
+        flops = forward * tokens + gram + num_prunings * pruning_once + len(groups) * probes * (forward / 2 + head)
         streams = (len(groups) + 1) * probes * self.text_config.hidden_size * self.itemsize
         solving = memory.solve_bytes(self.sites, Need.GRAM) - memory.solve_bytes(self.sites, self.need)
-        return [("allocate", flops, pruning + solving, streams)]
+        kept = streams
+        if searches(self.config):
+            # The rungs are pruned on a second pass; every generation measures its offspring on a part and the best on all.
+            num_tokens = search_tokens(self.config.num_samples, self.seq_len)
+            rough = self.config.evolution_offspring / NUM_CHUNKS + max(1, self.config.evolution_offspring // 8)
+            measured = num_tokens * (1 + self.config.evolution_generations * rough)
+            flops += forward * tokens + gram + MAX_RUNGS * pruning_once + measured * (forward + head)
+            changes = surveyed_by(self.config).updates_weights
+            rungs = sum(site.numel for site in self.sites) * (
+                self.itemsize + MAX_RUNGS * (1 / 8 + (1 - self.config.sparsity) * self.itemsize * changes)
+            )
+            if rungs <= MEMORY_SHARE * free_bytes(torch.device("cpu")):  # else they go to disk
+                kept = max(kept, int(rungs))
+        return [("allocate", flops, pruning + solving, kept)]
 
     def _problems(self, peak_cpu: int, free_cpu: int, peak_gpu: int, free_gpu: int, disk: int, free_disk: int) -> list[str]:
         problems = []

@@ -31,7 +31,7 @@ class SiteReport(Part):
     ``num_tokens`` is how many calibration tokens reached it (for an expert, those routed to it). ``output_error`` is
     ||(W - W') X||_F^2 / ||W X||_F^2 on the calibration inputs, for methods that hold the Gram matrix, before any
     reconstruction; None where that is done in rounds. ``fallback`` says why the site was scored by its weights alone, if it
-    was. ``target`` is the sparsity the allocation gave it.
+    was. ``target`` is the sparsity the allocation gave it, ``pattern`` where its zeros may lie: unstructured, n:m, or dense.
     """
 
     name: str
@@ -42,6 +42,7 @@ class SiteReport(Part):
     output_error: float | None = None
     fallback: str | None = None
     target: float | None = None
+    pattern: str | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -82,16 +83,44 @@ class BlockReport(Part):
         return _fraction(self.sites)
 
 
+class SearchReport(Part):
+    """What the search of an allocation did.
+
+    ``curve`` holds (generation, KL) whenever it fell, generation 0 being dp's allocation that the search began at; KL is the
+    mean KL(dense || pruned) in nats on the first ``num_tokens`` calibration tokens, which are the same for all generations.
+    """
+
+    generations: int
+    num_evaluated: int
+    num_tokens: int
+    curve: tuple[tuple[int, float], ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def kl_start(self) -> float:
+        """KL of dp's allocation."""
+        return self.curve[0][1]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def kl_end(self) -> float:
+        """KL of the best allocation found."""
+        return self.curve[-1][1]
+
+
 class AllocationReport(Part):
     """How the zeros were shared among the sites: sparsities by site name, and the zeros they are together.
 
-    ``num_zeros`` is the target's share of ``numel`` in whole units: a weight, or for scope ``row`` a weight of every row.
+    ``num_zeros`` is the target's share of ``numel`` in whole units: a weight, or for scope ``row`` a weight of every row. Under
+    ``mixed`` it is the least above the target that the patterns allow, or a little more, and ``patterns`` names each site's.
     """
 
     name: str
     num_zeros: int
     numel: int
     sparsities: dict[str, float]
+    patterns: dict[str, str] = {}
+    search: SearchReport | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -20,7 +20,7 @@ from llmprune.errors import ConfigError, PatternError
 
 Scope = Literal["row", "matrix", "block"]
 Sequential = Literal["block", "group"]
-Allocation = Literal["uniform", "erk", "owl", "pqi", "dp"]
+Allocation = Literal["uniform", "erk", "owl", "pqi", "dp", "evolution"]
 EffortName = Literal["fast", "balanced", "best"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Export = Literal["dense", "packed"]
@@ -31,11 +31,15 @@ BUNDLED_MODEL = "demo"
 PACKING_METHOD = "llmprune"
 """``quant_method`` in the config.json of a packed checkpoint."""
 DEFAULT_SPARSITY = 0.5
+DEFAULT_GENERATIONS = 40
+DEFAULT_OFFSPRING = 16
+MIXED = "mixed"
 DEFAULT_RECONSTRUCT_STEPS = 120
 DEFAULT_RECONSTRUCT_LR = 0.02
 MAX_DEFAULT_SEQ_LEN = 2048
 _N_TO_M = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
 _MAX_M = 32
+MAX_MIXED_SPARSITY = 0.75
 
 
 class Need(IntEnum):
@@ -48,30 +52,36 @@ class Need(IntEnum):
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where zeros may lie: anywhere (``n`` is None), or ``n`` weights KEPT in every ``m`` consecutive inputs."""
+    """Where zeros may lie: anywhere (``n`` is None), or ``n`` weights KEPT in every ``m`` consecutive inputs.
+
+    A job's pattern may also be ``mixed``: then every site has one of its own, and no site has this one.
+    """
 
     n: int | None = None
     m: int | None = None
+    mixed: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read ``unstructured`` or ``n:m`` with 0 < n < m; raises ConfigError."""
-        if text == "unstructured":
-            return cls()
+        """Read ``unstructured``, ``mixed`` or ``n:m`` with 0 < n < m; raises ConfigError."""
+        if text in ("unstructured", MIXED):
+            return cls(mixed=text == MIXED)
         match = _N_TO_M.fullmatch(text)
         if not match or not 0 < int(match[1]) < int(match[2]) <= _MAX_M:
             raise ConfigError(
-                f"pattern {text!r} is unknown; use 'unstructured' or 'n:m' with 0 < n < m <= {_MAX_M}, such as '2:4' "
-                "(n weights kept in every m consecutive inputs)."
+                f"pattern {text!r} is unknown; use 'unstructured', 'n:m' with 0 < n < m <= {_MAX_M}, such as '2:4' "
+                "(n weights kept in every m consecutive inputs), or 'mixed' (an n:m of its own for every matrix)."
             )
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
-        return "unstructured" if self.m is None else f"{self.n}:{self.m}"
+        if self.m is None:
+            return MIXED if self.mixed else "unstructured"
+        return f"{self.n}:{self.m}"
 
     @property
     def sparsity(self) -> float | None:
-        """The sparsity the pattern itself fixes, or None for unstructured."""
+        """The sparsity the pattern itself fixes, or None for unstructured and mixed."""
         return None if self.m is None or self.n is None else 1 - self.n / self.m
 
     def check(self, in_features: int, site: str) -> None:
@@ -93,6 +103,11 @@ class Target:
     sparsity: float
     scope: Scope
 
+    @property
+    def name(self) -> str:
+        """The pattern's, or ``dense`` where nothing is pruned."""
+        return str(self.pattern) if self.sparsity else "dense"
+
     def eased(self, done: float) -> Target:
         """The target of a round, ``done`` in (0, 1] the share of the rounds that is over with it: sparsity rises as the cubic
         of Zhu and Gupta 2017 (arXiv 1710.01878, eq. 1), fast at first; n:m keeps whole weights, and at least n.
@@ -102,6 +117,15 @@ class Target:
             return replace(self, sparsity=self.sparsity * share)
         kept = self.pattern.m - math.floor((self.pattern.m - self.pattern.n) * share)
         return replace(self, pattern=Pattern(kept, self.pattern.m), sparsity=1 - kept / self.pattern.m)
+
+
+_MIXED: dict[Export, tuple[Pattern, ...]] = {
+    "dense": (Pattern(4, 8), Pattern(2, 4), Pattern(1, 4)),
+    "packed": (Pattern(2, 4), Pattern(1, 4)),
+}
+"""What the sites of a mixed job may have beside dense, of equal sparsity the better first. Packed: what the 2:4 format can
+carry, of which 1:4 is a special case; it cannot carry 4:8.
+"""
 
 
 def num_pruned(numel: int, sparsity: float) -> int:
@@ -141,10 +165,20 @@ class PruneConfig(BaseModel):
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
         DEFAULT_SPARSITY, description="Fraction of zeros among the pruned sites' weights; n:m patterns fix it themselves."
     )
-    pattern: str = Field("unstructured", description="'unstructured' or n:m (n kept of every m), such as 2:4.")
+    pattern: str = Field(
+        "unstructured",
+        description="'unstructured', n:m (n kept of every m) such as 2:4, or 'mixed': each matrix dense, 4:8, 2:4 or 1:4.",
+    )
     scope: Scope | None = Field(None, description="Set in which scores compete; default is the method's own paper's.")
     allocation: Allocation = Field(
-        "uniform", description="How sparsity is shared among the sites: uniform, erk, owl, pqi or dp; the mean is the target."
+        "uniform",
+        description="How sparsity is shared among the sites: uniform, erk, owl, pqi, dp or evolution; the mean is the target.",
+    )
+    evolution_generations: Annotated[int, Field(ge=0)] = Field(
+        DEFAULT_GENERATIONS, description="Generations of the search of allocation 'evolution'; 0 leaves it at dp's."
+    )
+    evolution_offspring: Annotated[int, Field(ge=1)] = Field(
+        DEFAULT_OFFSPRING, description="Candidates tried in every generation of allocation 'evolution'."
     )
     sequential: Sequential = Field(
         "block",
@@ -223,10 +257,12 @@ class PruneConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         pattern = Pattern.parse(self.pattern)
+        if pattern.mixed:
+            self._check_mixed()
         if self.allocation != "uniform" and pattern.m is not None:
             raise ConfigError(
                 f"pattern {pattern} fixes the sparsity of every site, so allocation {self.allocation!r} has nothing to share. "
-                "Drop --allocation, or choose the unstructured pattern."
+                "Drop --allocation, or choose the pattern 'unstructured' or 'mixed'."
             )
         if self.reconstruct and (self.num_samples < 2 or (self.batch_size or 0) >= self.num_samples):
             raise ConfigError(
@@ -234,6 +270,18 @@ class PruneConfig(BaseModel):
                 f"batch_size, got {self.num_samples} and {self.batch_size}. Lower --batch-size or raise --num-samples."
             )
         return self
+
+    def _check_mixed(self) -> None:
+        if self.allocation not in ("dp", "evolution"):
+            raise ConfigError(
+                "pattern 'mixed' chooses each matrix's n:m by what it costs, which allocation "
+                f"{self.allocation!r} does not measure. Use --allocation dp or evolution, or a pattern such as 2:4."
+            )
+        if self.sparsity > MAX_MIXED_SPARSITY:
+            raise ConfigError(
+                f"pattern 'mixed' cannot reach sparsity {self.sparsity:g}: its sparsest pattern is 1:4. "
+                f"The closest feasible one is {MAX_MIXED_SPARSITY}; use it, or the unstructured pattern."
+            )
 
     @classmethod
     def build(cls, config: PruneConfig | None = None, **overrides: Any) -> PruneConfig:
@@ -265,8 +313,21 @@ class PruneConfig(BaseModel):
         return ("stdlib",) if self.model == BUNDLED_MODEL and not in_memory else ("wikitext2",)
 
     def target(self, default_scope: Scope) -> Target:
-        """The target of every site under uniform allocation; another one changes its sparsity alone."""
+        """The target of every site under uniform allocation; another one changes its sparsity, and under ``mixed`` the
+        pattern with it.
+        """
         return Target(Pattern.parse(self.pattern), self.sparsity, self.scope or default_scope)
+
+    def choices(self, in_features: int, scope: Scope) -> tuple[Target, ...]:
+        """What a site of so many inputs may become under ``mixed``: dense first, then one target for every sparsity that
+        a pattern which divides the inputs has, rising.
+        """
+        found = {0.0: Target(Pattern(), 0.0, scope)}
+        for pattern in _MIXED[self.export]:
+            assert pattern.m is not None and pattern.sparsity is not None
+            if in_features % pattern.m == 0:
+                found.setdefault(pattern.sparsity, Target(pattern, pattern.sparsity, scope))
+        return tuple(found.values())
 
 
 def describe(error: ValidationError) -> str:

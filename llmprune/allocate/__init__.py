@@ -55,12 +55,14 @@ class Allocator:
         needs: the facts it reads: the shapes alone, the Wanda scores, or measured distortion curves.
         summary: one sentence.
         paper: reference with its equation.
+        searches: what it allocates is where a search over the model itself begins.
     """
 
     name: str
     needs: Facts
     summary: str
     paper: str
+    searches: bool = False
 
     def allocate(self, sites: Sequence[SiteFacts], sparsity: float, scope: Scope) -> dict[str, int]:
         """Zeros per site, by name; together exactly ``Budget.num_zeros``.
@@ -92,6 +94,10 @@ _TABLE = (
     Allocator(
         "dp", "curves", "The least sum of measured distortions, by exact dynamic programming.",
         "after Xu et al. 2023, arXiv 2308.10438, section 3",
+    ),
+    Allocator(
+        "evolution", "curves", "The least divergence of the whole pruned model, by evolutionary search from dp's result.",
+        "Sieberling et al. 2024, arXiv 2410.14649, section 3", searches=True,
     ),
 )  # fmt: skip
 ALLOCATORS: dict[str, Allocator] = {allocator.name: allocator for allocator in _TABLE}

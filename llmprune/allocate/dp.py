@@ -31,9 +31,7 @@ def zeros(sites: Sequence[SiteFacts], budget: Budget) -> list[float]:
     curve, whose logarithm is interpolated linearly. The units differ from the budget's own by less than a unit a group;
     that rest is shared by all sites.
     """
-    groups: dict[str, list[int]] = {}
-    for index, site in enumerate(sites):
-        groups.setdefault(site.group or site.name, []).append(index)
+    groups = groups_of(sites)
     numels = [sum(sites[index].numel for index in members) for members in groups.values()]
     curves = [sites[members[0]].curve for members in groups.values()]
     unit = sum(numels) / max(NUM_UNITS, _MIN_UNITS_A_GROUP * len(groups))
@@ -46,6 +44,14 @@ def zeros(sites: Sequence[SiteFacts], budget: Budget) -> list[float]:
         for index in members:
             sparsities[index] = units * unit / numel
     return budget.shift(sparsities)
+
+
+def groups_of(sites: Sequence[SiteFacts]) -> dict[str, list[int]]:
+    """The indices of the sites of every group, in order."""
+    groups: dict[str, list[int]] = {}
+    for index, site in enumerate(sites):
+        groups.setdefault(site.group or site.name, []).append(index)
+    return groups
 
 
 def options_of(curve: Sequence[tuple[float, float]], numel: int, unit: float) -> list[Option]:
@@ -72,16 +78,18 @@ def distortion(curve: Sequence[tuple[float, float]], sparsity: float) -> float:
     return max(0.0, math.exp(before + part * (behind - before)) - _TINY)
 
 
-def minimize(options: Sequence[Sequence[Option]], total: int) -> list[int]:
-    """One option of every group, their units summing to ``total`` exactly, with the least sum of distortions.
+def minimize(options: Sequence[Sequence[Option]], total: int, most: int | None = None) -> list[int]:
+    """One option of every group, their units summing to ``total`` exactly (to ``total`` and up to ``most``), with the least
+    sum of distortions.
 
     best_i[u] = min over options (v, d) of group i of best_(i-1)[u - v] + d: every combination is covered, whatever the
     shape of the curves. O(groups * units * options), each option a vector operation.
 
-    Raises ValueError where no choice sums to ``total``.
+    Raises ValueError where no choice has such a sum.
     """
     lowest = [min(units for units, _ in group) for group in options]
-    room = total - sum(lowest)
+    room = (total if most is None else most) - sum(lowest)
+    small = torch.int8 if max(map(len, options), default=0) < 128 else torch.int32
     infinite = float("inf")
     if room < 0:
         raise ValueError("no options sum to the total")
@@ -90,7 +98,7 @@ def minimize(options: Sequence[Sequence[Option]], total: int) -> list[int]:
     choices = []
     for group, low in zip(options, lowest, strict=True):
         next_U = torch.full_like(best_U, infinite)
-        choice_U = torch.full((room + 1,), -1, dtype=torch.int32)
+        choice_U = torch.full((room + 1,), -1, dtype=small)
         for number, (units, cost) in enumerate(group):
             extra = units - low
             if extra > room:
@@ -101,6 +109,8 @@ def minimize(options: Sequence[Sequence[Option]], total: int) -> list[int]:
             choice_U[extra:][better_U] = number
         best_U = next_U
         choices.append(choice_U)
+    least = max(total - sum(lowest), 0)
+    room = least + int(best_U[least:].argmin())
     if not math.isfinite(float(best_U[room])):
         raise ValueError("no options sum to the total")
     chosen = []

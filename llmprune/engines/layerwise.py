@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from llmprune.errors import FactorizationError, NonFiniteError
 from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, Warned
 from llmprune.methods import METHODS, get_method
 from llmprune.report import BlockReport, Reconstruction, SiteReport
-from llmprune.spec import Need, PruneConfig
+from llmprune.spec import Need, PruneConfig, Target
 from llmprune.stats import LinearStats
 
 WalkEvent = BlockStarted | Progress | SitePruned | BlockFinished | Warned
@@ -57,7 +57,7 @@ class Walk:
             stores them and puts them back to go on from block ``start``.
         dense: per batch the dense model's hidden states at the same place, to reconstruct to; empty without.
         device: where blocks compute; blocks and hidden states are brought there and taken back.
-        sparsities: target of each site by name, from an allocation; the config's own for the others.
+        targets: what each site is to become by name, from an allocation; the config's own for the others.
         needs: the statistics that are collected, the method's own unless more is asked for.
     """
 
@@ -65,7 +65,7 @@ class Walk:
     recording: Recording
     config: PruneConfig
     device: torch.device
-    sparsities: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
     hidden: list[Tensor] = field(init=False)
     dense: list[Tensor] = field(init=False)
 
@@ -287,7 +287,7 @@ class Walk:
                 )
             self.hidden[batch] = output_NSH.to(self.hidden[batch].device)
 
-    def solve(self, site: Site, stats: LinearStats | None, sparsity: float) -> tuple[Tensor, LinearStats, bool]:
+    def solve(self, site: Site, stats: LinearStats | None, target: Target) -> tuple[Tensor, LinearStats, bool]:
         """The site's pruned weight [O, I], the statistics it was pruned by, and whether by its weights alone: so where no
         token, or of an expert's hardly any, was seen. The model is not changed.
         """
@@ -298,7 +298,7 @@ class Walk:
         elif not bool(torch.isfinite(stats.sq_I).all()):
             raise NonFiniteError(f"the calibration activations of {site.name} overflow fp32. Use --dtype float32 or bfloat16.")
         generator = self._generator(site.name)
-        target = replace(self.target, sparsity=sparsity).eased(self.progress)
+        target = target.eased(self.progress)
         try:
             pruned_OI = method.prune(site.weight_OI, stats, target, damping=self.config.damping, generator=generator)
         except FactorizationError as error:
@@ -308,8 +308,8 @@ class Walk:
     def _prune(self, site: Site, stats: LinearStats | None) -> SiteReport:
         """Prune one site in place; without usable statistics by its weights alone."""
         num_tokens = stats.num_tokens if stats else 0
-        sparsity = self.sparsities.get(site.name, self.target.sparsity)
-        pruned_OI, stats, fell_back = self.solve(site, stats, sparsity)
+        target = self.targets.get(site.name, self.target)
+        pruned_OI, stats, fell_back = self.solve(site, stats, target)
         output_error = relative_output_error(site.weight_OI, pruned_OI, stats)
         num_zeros = write_(site, pruned_OI)
         fallback = None
@@ -319,7 +319,7 @@ class Walk:
             fallback = f"damping raised to {used:g}"
         return SiteReport(
             name=site.name, shape=site.shape, numel=site.numel, num_zeros=num_zeros, num_tokens=num_tokens,
-            output_error=output_error, fallback=fallback, target=sparsity,
+            output_error=output_error, fallback=fallback, target=target.sparsity, pattern=target.name,
         )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from llmprune.allocate import Facts, SiteFacts
 from llmprune.allocate.budget import Budget
+from llmprune.allocate.mixed import Menu
 from llmprune.allocate.owl import OUTLIER_FACTOR
 from llmprune.allocate.pqi import P, Q
 from llmprune.anatomy.blocks import Call, Recording, Stack
@@ -35,8 +36,8 @@ from llmprune.anatomy.sites import Site, select, write_
 from llmprune.devices import module_device, placed
 from llmprune.engines.layerwise import MIN_EXPERT_TOKENS, Walk, relative_output_error
 from llmprune.events import Progress
-from llmprune.methods import get_method
-from llmprune.spec import Need, PruneConfig
+from llmprune.methods import Method, get_method
+from llmprune.spec import Need, Pattern, PruneConfig, Target
 from llmprune.stats import LinearStats
 
 PROBE_TOKENS = 4096
@@ -78,7 +79,7 @@ class Survey:
             FactorizationError: names the site.
         """
         blocks = self.stack.blocks
-        walk = Walk(self.stack, self.recording, self.config, self.device)
+        walk = surveyor(self.stack, self.recording, self.config, self.device)
         walk.needs = Need.GRAM if self.needs == "curves" else Need.NORM
         total = len(blocks) + (len(self.probe.hidden[0]) if self.probe else 0)
         for index, block in enumerate(blocks):
@@ -90,9 +91,11 @@ class Survey:
                     self.facts += _scores_of(index, sites, stats)
                 else:
                     assert self._streams is not None
-                    for group, members in _groups(sites).items():
-                        curve = _errors_of(walk, members, stats, levels(self.config.sparsity))
-                        self._streams.branch(group, index, block, _pruned(walk, members, stats))
+                    for group, members in groups_of(sites).items():
+                        targets = targets_of(self.config, members[0])
+                        curve = _errors_of(walk, members, stats, targets)
+                        if anchor := anchor_of(targets, self.config.sparsity):
+                            self._streams.branch(group, index, block, _pruned(walk, members, stats, anchor))
                         self.facts += [SiteFacts(site.name, index, site.shape, group=group, curve=curve) for site in members]
                     self._streams.advance(index, block)
             yield Progress(stage="allocate", done=index + 1, total=total, detail=self.stack.name(index))
@@ -107,7 +110,11 @@ class Survey:
         for number in range(num_probes):
             self._streams.add_divergence_(divergence, number, logits)
             yield Progress(stage="allocate", done=len(self.stack.blocks) + number + 1, total=total, detail="divergence")
-        self.facts = [_scaled(fact, divergence[fact.group] / num_probes, self.config.sparsity) for fact in self.facts]
+        for number, fact in enumerate(self.facts):
+            anchors = [level for level, _ in fact.curve if level > 0]
+            if anchors and fact.group in divergence:
+                anchor = min(anchors, key=lambda level: abs(level - self.config.sparsity))
+                self.facts[number] = _scaled(fact, divergence[fact.group] / num_probes, anchor)
 
 
 def shapes_of(stack: Stack, skip: Sequence[str]) -> list[SiteFacts]:
@@ -119,12 +126,47 @@ def shapes_of(stack: Stack, skip: Sequence[str]) -> list[SiteFacts]:
     ]
 
 
+def surveyor(stack: Stack, recording: Recording, config: PruneConfig, device: torch.device) -> Walk:
+    """A walk that prunes as the job does, or as the method does that stands in for a slow one."""
+    walk = Walk(stack, recording, config.model_copy(update={"reconstruct": False}), device)
+    walk.method = surveyed_by(config)
+    return walk
+
+
+def surveyed_by(config: PruneConfig) -> Method:
+    """The method that sites are pruned by to see what it costs: the job's own, or a faster one in its place."""
+    own = get_method(config.method)
+    return get_method(own.surveyed_by) if own.surveyed_by else own
+
+
 def check_budget(config: PruneConfig, sites: Sequence[Site]) -> None:
     """Raise ConfigError where the allocation's budget cannot be met, naming the closest one that can."""
-    if config.allocation != "uniform":
+    if Pattern.parse(config.pattern).mixed:
+        Menu.of([_menu_fact(config, site) for site in sites], config.sparsity)
+    elif config.allocation != "uniform":
         scope = config.target(get_method(config.method).scope).scope
         budget = Budget.of([site.shape for site in sites], config.sparsity, scope)
         budget.apportion(budget.shift([config.sparsity] * len(sites)))
+
+
+def _menu_fact(config: PruneConfig, site: Site) -> SiteFacts:
+    """A site whose choices are known, but not what they cost."""
+    curve = tuple((target.sparsity, 0.0) for target in targets_of(config, site))
+    return SiteFacts(site.name, 0, site.shape, group_of(site), curve=curve)
+
+
+def targets_of(config: PruneConfig, site: Site) -> tuple[Target, ...]:
+    """What the site is pruned to in the survey: sparsities around the job's, or under ``mixed`` the patterns it may have."""
+    target = config.target(get_method(config.method).scope)
+    if target.pattern.mixed:
+        return config.choices(site.shape[1], target.scope)
+    return tuple(replace(target, sparsity=level) for level in levels(config.sparsity))
+
+
+def anchor_of(targets: Sequence[Target], sparsity: float) -> Target | None:
+    """The one whose divergence is measured: nearest to the job's sparsity; None where the site can only stay dense."""
+    pruned = [target for target in targets if target.sparsity > 0]
+    return min(pruned, key=lambda target: abs(target.sparsity - sparsity), default=None)
 
 
 def levels(sparsity: float) -> list[float]:
@@ -154,7 +196,8 @@ def pq_index(score_OI: Tensor) -> float:
     return max(0.0, 1 - score.numel() ** (1 / Q - 1 / P) * one / other) if other > 0 else 0.0
 
 
-def _groups(sites: Sequence[Site]) -> dict[str, list[Site]]:
+def groups_of(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """The sites of every group, in order."""
     groups: dict[str, list[Site]] = {}
     for site in sites:
         groups.setdefault(group_of(site), []).append(site)
@@ -184,15 +227,19 @@ def _wanda(site: Site, stats: LinearStats | None) -> Tensor:
 
 
 def _errors_of(
-    walk: Walk, members: Sequence[Site], stats: Mapping[str, LinearStats], sparsities: Sequence[float]
+    walk: Walk, members: Sequence[Site], stats: Mapping[str, LinearStats], targets: Sequence[Target]
 ) -> tuple[tuple[float, float], ...]:
-    """(sparsity, mean relative error of the members) at every level."""
-    return tuple((level, sum(_error(walk, site, stats, level) for site in members) / len(members)) for level in sparsities)
+    """(sparsity, mean relative error of the members) at every target."""
+    return tuple(
+        (target.sparsity, sum(_error(walk, site, stats, target) for site in members) / len(members)) for target in targets
+    )
 
 
-def _error(walk: Walk, site: Site, stats: Mapping[str, LinearStats], sparsity: float) -> float:
+def _error(walk: Walk, site: Site, stats: Mapping[str, LinearStats], target: Target) -> float:
     """Relative squared error of the site's output, of its weights where its input was not seen."""
-    pruned_OI, used, _ = walk.solve(site, stats.get(site.name), sparsity)
+    if target.sparsity == 0:
+        return 0.0
+    pruned_OI, used, _ = walk.solve(site, stats.get(site.name), target)
     error = relative_output_error(site.weight_OI, pruned_OI, used)
     if error is not None:
         return error
@@ -201,8 +248,8 @@ def _error(walk: Walk, site: Site, stats: Mapping[str, LinearStats], sparsity: f
     return float((dense_OI - pruned_OI.float()).square().sum(dtype=torch.float64)) / whole if whole else 0.0
 
 
-def _pruned(walk: Walk, members: Sequence[Site], stats: Mapping[str, LinearStats]) -> list[tuple[Site, Tensor]]:
-    return [(site, walk.solve(site, stats.get(site.name), walk.target.sparsity)[0]) for site in members]
+def _pruned(walk: Walk, members: Sequence[Site], stats: Mapping[str, LinearStats], target: Target) -> list[tuple[Site, Tensor]]:
+    return [(site, walk.solve(site, stats.get(site.name), target)[0]) for site in members]
 
 
 def _scaled(fact: SiteFacts, divergence: float, sparsity: float) -> SiteFacts:

@@ -32,6 +32,7 @@ class Method:
         updates_weights: survivors are changed (the file has ``prune``), or bit-equal to the dense ones (``score``).
         summary: one sentence.
         paper: reference with its equation.
+        surveyed_by: method that stands in for it where an allocation prunes every site many times.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     updates_weights: bool
     summary: str
     paper: str
+    surveyed_by: str | None = None
 
     def prune(
         self, weight_OI: Tensor, stats: LinearStats, target: Target, *, damping: float, generator: torch.Generator
@@ -92,7 +94,7 @@ _TABLE = (
     Method(
         "alps", Need.GRAM, "matrix", updates_weights=True,
         summary="Support by ADMM, then least squares on it by conjugate gradients.",
-        paper="Meng et al. 2024, arXiv 2406.07831, algorithms 1 and 2",
+        paper="Meng et al. 2024, arXiv 2406.07831, algorithms 1 and 2", surveyed_by="sparsegpt",
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}

@@ -271,7 +271,7 @@ def _print_table(jobs: Sequence[JobView]) -> None:
         table.add_column(name, no_wrap=name == "Job", overflow="fold")
     for job in jobs:
         config = PruneConfig.model_validate(job.config)
-        sparsity = target_percent(config.sparsity) if config.pattern == "unstructured" else config.pattern
+        sparsity = target_percent(config.sparsity) if ":" not in config.pattern else config.pattern
         cells = (job.id, _status(job), job.model, config.method, sparsity, _result(job))
         table.add_row(*(Text(printable(cell)) for cell in cells))
     Console().print(table)

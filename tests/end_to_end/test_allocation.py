@@ -14,8 +14,10 @@ from llmprune.allocate import ALLOCATORS
 from llmprune.errors import ConfigError
 from llmprune.events import BlockStarted, Progress, StageFinished, StageStarted
 from llmprune.io.journal import Journal
+from llmprune.methods import alps
+from llmprune.packing import unpack_
 from llmprune.report import Report
-from llmprune.spec import PruneConfig
+from llmprune.spec import Pattern, PruneConfig
 
 OTHERS = [name for name in ALLOCATORS if name != "uniform"]
 STAGES = ["load", "calibration", "dense", "allocate", "prune", "pruned", "save"]
@@ -24,7 +26,8 @@ STAGES = ["load", "calibration", "dense", "allocate", "prune", "pruned", "save"]
 @pytest.fixture(scope="module")
 def job(tiny_model_dir: Path, text_file: Path, eval_file: Path) -> dict[str, Any]:
     """A quick and offline job."""
-    return {"model": str(tiny_model_dir), "calibration": str(text_file), "eval": str(eval_file), **tiny.QUICK}
+    quick = {**tiny.QUICK, "evolution_generations": 3}
+    return {"model": str(tiny_model_dir), "calibration": str(text_file), "eval": str(eval_file), **quick}
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
@@ -108,8 +111,6 @@ def test_patterns_take_uniform_alone() -> None:
     with pytest.raises(ConfigError, match=r"2:4 fixes the sparsity .* Drop --allocation"):
         PruneConfig.build(pattern="2:4", allocation="owl")
     assert PruneConfig.build(pattern="2:4", allocation="uniform").sparsity == 0.5
-    with pytest.raises(ConfigError, match="allocation"):
-        PruneConfig.build(allocation="evolution")
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_the_calibration(job: dict[str, Any]) -> None:
@@ -146,3 +147,119 @@ def test_command_line(cli: Callable[..., Any], job: dict[str, Any], tmp_path: Pa
     assert "Sparsity shared" in page and "owl," in page and "--allocation owl" in page
     refused = cli("plan", job["model"], "--allocation", "owl", "--pattern", "2:4")
     assert refused.code == 2 and "Drop --allocation" in refused.err
+
+
+def test_command_line_of_a_search(cli: Callable[..., Any], job: dict[str, Any], tmp_path: Path) -> None:
+    """The search's own options reach it; table and page show what it found."""
+    outcome = cli(
+        "prune", job["model"], "--out", tmp_path / "out", "--allocation", "evolution", "--evolution-generations", 4,
+        "--evolution-offspring", 6, "--calibration", job["calibration"], "--no-eval", "--num-samples", 4, "--seq-len", 32,
+        "--no-latency",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
+    assert report.allocation is not None and report.allocation.search is not None
+    search = report.allocation.search
+    assert search.generations == 4 and 1 < search.num_evaluated <= 25 and search.kl_end <= search.kl_start
+    assert "KL of the allocation" in outcome.out and "Sharing sparsity: done" in outcome.err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "KL of the allocation" in page and "after 4 generations" in page and "--evolution-generations 4" in page
+    refused = cli("plan", job["model"], "--evolution-offspring", 0)
+    assert refused.code == 2 and "evolution_offspring" in refused.err
+
+
+def test_no_generations_is_dp(job: dict[str, Any]) -> None:
+    """The search starts at dp's result: without generations it is that."""
+    by_dp = llmprune.prune(**job, sparsity=0.6, allocation="dp")
+    start = llmprune.prune(**{**job, "evolution_generations": 0}, sparsity=0.6, allocation="evolution")
+    assert by_dp.allocation is not None and start.allocation is not None
+    assert start.allocation.sparsities == by_dp.allocation.sparsities and start.allocation.search is None
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("allocation", ["dp", "evolution"])
+@pytest.mark.parametrize("export", ["dense", "packed"])
+def test_mixed_patterns(job: dict[str, Any], tmp_path: Path, allocation: str, method: str, export: str) -> None:
+    """Every site has a pattern of its own, which its weights follow; the mean is the target; packed 2:4 carries what is
+    exported packed, and the checkpoint loads with those weights.
+    """
+    how = {**job, "method": method, "pattern": "mixed", "sparsity": 0.55, "allocation": allocation, "export": export}
+    report = llmprune.prune(**how, out=tmp_path / "out")
+    assert report.allocation is not None
+    patterns = report.allocation.patterns
+    assert len(patterns) == 14 and len(set(patterns.values())) > 1
+    assert set(patterns.values()) <= ({"dense", "2:4", "1:4"} if export == "packed" else {"dense", "4:8", "1:4"})
+    assert 0.55 <= report.sparsity == report.allocation.sparsity < 0.56
+    model: Any = llmprune.load(tmp_path / "out")
+    unpack_(model)
+    sites = [site for block in report.blocks for site in block.sites]
+    assert len(sites) == 14
+    for site in sites:
+        assert site.pattern == patterns[site.name] and site.target == site.sparsity
+        weight_OI = model.get_submodule(site.name).weight
+        assert int((weight_OI == 0).sum()) == site.num_zeros
+        if site.pattern == "dense":
+            assert site.num_zeros == 0
+            continue
+        pattern = Pattern.parse(str(site.pattern))
+        kept = (weight_OI != 0).view(len(weight_OI), -1, pattern.m).sum(-1)
+        assert set(kept.unique().tolist()) == {pattern.n}
+
+
+def test_a_resumed_mixed_run_is_the_same(job: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped between two blocks: the same bytes as a run that went through."""
+    how = {**job, "pattern": "mixed", "sparsity": 0.5, "allocation": "dp"}
+    whole = llmprune.prune(**how, out=tmp_path / "whole")
+    run = llmprune.prune_iter(**how, out=tmp_path / "out")
+    assert any(isinstance(event, BlockStarted) and event.block == 1 for event in run)
+    run.close()  # type: ignore[attr-defined]
+    resumed = llmprune.prune(**how, out=tmp_path / "out", resume=True)
+    assert resumed.resumed and resumed.allocation == whole.allocation
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_sites_that_no_pattern_divides_stay_dense(text_file: Path) -> None:
+    """And the others make up for it, or the target is refused naming the closest feasible one."""
+    model = tiny.make_model(intermediate_size=66)  # inputs of down_proj
+    how = {"calibration": str(text_file), "eval": (), **tiny.QUICK, "pattern": "mixed", "allocation": "dp"}
+    with pytest.raises(ConfigError, match=r"closest feasible one is 0\.\d+; use it") as refused:
+        llmprune.prune(model, tokenizer=tiny.train_tokenizer(), **how, sparsity=0.74)
+    most = float(str(refused.value).split("closest feasible one is ")[1].split(";")[0])
+    assert 0.5 < most < 0.74
+    report = llmprune.prune(model, tokenizer=tiny.train_tokenizer(), **how, sparsity=0.5)
+    assert report.allocation is not None and 0.5 <= report.sparsity < 0.51
+    down = {site.pattern for block in report.blocks for site in block.sites if site.name.endswith("down_proj")}
+    assert down == {"dense"}
+
+
+def test_mixed_needs_measured_costs() -> None:
+    """Refused with the remedy, from the config alone; a sparsity beyond 1:4 too."""
+    for allocation in ("uniform", "owl"):
+        with pytest.raises(ConfigError, match="Use --allocation dp or evolution"):
+            PruneConfig.build(pattern="mixed", allocation=allocation)
+    with pytest.raises(ConfigError, match=r"cannot reach sparsity 0\.8.*closest feasible one is 0\.75"):
+        PruneConfig.build(pattern="mixed", allocation="dp", sparsity=0.8)
+    assert PruneConfig.build(pattern="mixed", allocation="dp").sparsity == 0.5
+    assert PruneConfig.build(PruneConfig(pattern="2:4"), pattern="mixed", allocation="dp", sparsity=0.6).sparsity == 0.6
+
+
+def test_command_line_of_mixed_patterns(cli: Callable[..., Any], job: dict[str, Any], tmp_path: Path) -> None:
+    """The table says how many sites have each pattern, and the plan foresees the job."""
+    quick = ["--num-samples", 4, "--seq-len", 32, "--calibration", job["calibration"]]
+    options = ["--pattern", "mixed", "--allocation", "dp", *quick]
+    outcome = cli("prune", job["model"], "--out", tmp_path / "out", *options, "--no-eval", "--no-latency")
+    assert outcome.code == 0, outcome.err
+    assert "mixed, target 50 %" in outcome.out and "4:8" in outcome.out
+    assert "Patterns" in (tmp_path / "out" / "report.html").read_text()
+    assert cli("plan", job["model"], *options).code == 0
+
+
+def test_curves_of_a_slow_method_are_measured_by_another(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """alps is surveyed by sparsegpt: it solves every site once, in the walk."""
+    solved = []
+    prune = alps.prune
+    monkeypatch.setattr(alps, "prune", lambda *args, **kwargs: solved.append(1) or prune(*args, **kwargs))
+    report = llmprune.prune(**job, method="alps", sparsity=0.6, allocation="dp")
+    assert len(solved) == 14 and report.allocation is not None
+    stand_in = llmprune.prune(**job, method="sparsegpt", scope="matrix", sparsity=0.6, allocation="dp")
+    assert stand_in.allocation is not None and stand_in.allocation.sparsities == report.allocation.sparsities

@@ -16,7 +16,7 @@ from llmprune.engines.layerwise import Walk
 from llmprune.engines.survey import Survey, group_of
 from llmprune.measure.quality import replay_tail
 from llmprune.methods import METHODS
-from llmprune.spec import Need, PruneConfig
+from llmprune.spec import Need, Pattern, PruneConfig, Target
 from llmprune.stats import LinearStats
 
 
@@ -127,7 +127,8 @@ def test_the_walk_prunes_to_the_sparsities_it_is_given() -> None:
     model = tiny_model("llama")
     stack = probe(model, find_stack(model), _ids()[:1])
     name = "model.layers.1.mlp.down_proj"
-    walk = Walk(stack, record(model, stack, [_ids()]), PruneConfig(), torch.device("cpu"), {name: 0.25})
+    target = Target(Pattern(), 0.25, "row")
+    walk = Walk(stack, record(model, stack, [_ids()]), PruneConfig(), torch.device("cpu"), {name: target})
     sites = {event.site.name: event.site for event in walk.run() if event.event == "site_pruned"}
     assert len(sites) == 14
     assert (sites[name].target, sites[name].sparsity) == (0.25, 0.25)

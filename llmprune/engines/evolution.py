@@ -1,0 +1,303 @@
+"""What a candidate allocation costs on the model: its weights are put in place, block by block, and its divergence measured.
+
+The weights of every rung are computed once, by the job's own method on the dense calibration inputs, and kept as one bit a
+weight and, where the method changes what it keeps, the kept values: for nine rungs about a byte a weight of the model for
+methods that only score. They lie in CPU memory, or where that is short in a file that is mapped. All candidates of a stage
+travel together, so a block is brought to the device once, and candidates that agree up to a block share its forwards.
+
+O out, I in features; N sequences of S tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmprune.allocate.evolution import Levels
+from llmprune.anatomy.blocks import Call, Recording, Stack
+from llmprune.anatomy.sites import Site
+from llmprune.devices import free_bytes, module_device, placed
+from llmprune.engines.layerwise import Walk
+from llmprune.errors import OutputError
+from llmprune.spec import Target
+from llmprune.stats import LinearStats
+
+MEMORY_SHARE = 0.5
+"""Share of the free CPU memory that the weights of all rungs may take; beyond it they go to disk."""
+_ALIGNMENT = 16
+
+Candidate = tuple[int | None, ...]
+"""The rung of every group, None where it is dense."""
+Logits = Callable[[int, Tensor], Tensor]
+"""(number of a chunk, the last block's output [N, S, H]) -> logits [N, S, V]."""
+Head = Callable[[], AbstractContextManager[Logits]]
+"""Makes the model's head ready to run; open only while no block runs."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that take one rung together.
+
+    Attributes:
+        block: index of their decoder block.
+        sites: the members.
+        rungs: target of each member, of each rung.
+    """
+
+    block: int
+    sites: tuple[Site, ...]
+    rungs: tuple[tuple[Target, ...], ...]
+
+
+@dataclass
+class Shelf:
+    """The weights of the groups of one block, dense and of every rung, in one piece of memory or of a mapped file.
+
+    Attributes:
+        directory: where the file goes; None for memory.
+    """
+
+    name: str
+    directory: Path | None
+    parts: list[Tensor] = field(default_factory=list)
+    spans: dict[tuple[int, int, int | None], list[tuple[int, int]]] = field(default_factory=dict)
+    end: int = 0
+
+    def put(self, group: int, member: int, rung: int | None, tensors: Sequence[Tensor]) -> None:
+        """Keep the tensors of a group's member on a rung; None for the dense weight."""
+        spans = []
+        for tensor in tensors:
+            part = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
+            spans.append((self.end, len(part)))
+            self.parts.append(F.pad(part, (0, -len(part) % _ALIGNMENT)))
+            self.end += len(self.parts[-1])
+        self.spans[group, member, rung] = spans
+
+    def close(self) -> None:
+        """No more is put: join what there is."""
+        if self.directory is None:
+            self.whole = torch.cat([*self.parts, torch.empty(0, dtype=torch.uint8)])
+        else:
+            path = self.directory / self.name
+            with path.open("wb") as file:  # reserved, as a full disk would kill a process that writes to a mapped hole
+                for part in self.parts:
+                    file.write(part.numpy().data)
+                file.write(bytes(0 if self.end else 1))
+            self.whole = torch.from_file(str(path), shared=False, size=self.end, dtype=torch.uint8)
+        self.parts = []
+
+    def get(self, group: int, member: int, rung: int | None) -> list[Tensor]:
+        """The tensors, as bytes."""
+        return [self.whole[start : start + size] for start, size in self.spans[group, member, rung]]
+
+
+@dataclass
+class Shelves:
+    """The weights of all rungs, and which of them the model holds; the dense ones are put back at the end.
+
+    Attributes:
+        groups: in the order of the blocks, as in the ladder.
+        directory: for files; None keeps all in memory.
+    """
+
+    stack: Stack
+    groups: Sequence[Group]
+    directory: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.shelves: dict[int, Shelf] = {}
+        self.held: list[int | None] = [None] * len(self.groups)
+        uses = [{id(parameter) for parameter in block.parameters()} for block in self.stack.blocks]
+        # Blocks may share a parameter, which is a site of the first one alone.
+        self.used_by = [
+            [
+                number
+                for number, group in enumerate(self.groups)
+                if any(id(getattr(site.module, site.parameter)) in used for site in group.sites)
+            ]
+            for used in uses
+        ]
+
+    @torch.no_grad()
+    def fill(self, walk: Walk) -> Iterator[int]:
+        """Prune every group to each of its rungs, on the dense model's inputs; yields the number of blocks done.
+
+        Raises:
+            NonFiniteError, FactorizationError: as the walk does.
+        """
+        for index, block in enumerate(self.stack.blocks):
+            home = module_device(block)
+            shelf = self.shelves[index] = Shelf(f"block{index}", self.directory)
+            members = {site.name: site for group in self.groups if group.block == index for site in group.sites}
+            with placed(block, walk.device if home.type == "cpu" else home):
+                stats = walk.collect(index, block, members, whole=True, keep=True)
+                for number, group in enumerate(self.groups):
+                    if group.block == index:
+                        _put(shelf, number, group, walk, stats)
+            shelf.close()
+            yield index + 1
+
+    @torch.no_grad()
+    def hold_(self, number: int, rung: int | None) -> None:
+        """Put a group's weights of a rung into the model; None the dense ones."""
+        if self.held[number] == rung:
+            return
+        group = self.groups[number]
+        shelf = self.shelves[group.block]
+        for member, site in enumerate(group.sites):
+            (dense,) = (part.to(site.stored.device) for part in shelf.get(number, member, None))
+            dense_OI = dense.view(site.stored.dtype).view(site.shape)
+            if rung is None:
+                site.weight_OI.copy_(dense_OI)
+                continue
+            bits, *values = (part.to(site.stored.device) for part in shelf.get(number, member, rung))
+            keep_OI = unpack_bits(bits, site.numel).view(site.shape)
+            if values:
+                pruned_OI = torch.zeros_like(dense_OI)
+                pruned_OI[keep_OI] = values[0].view(site.stored.dtype)
+            else:
+                pruned_OI = dense_OI.where(keep_OI, 0)
+            site.weight_OI.copy_(pruned_OI)
+        self.held[number] = rung
+
+    def restore_(self) -> None:
+        """Put the dense weights back."""
+        for number in range(len(self.groups)):
+            self.hold_(number, None)
+
+
+def _put(shelf: Shelf, number: int, group: Group, walk: Walk, stats: Mapping[str, LinearStats]) -> None:
+    for member, site in enumerate(group.sites):
+        dense_OI = site.weight_OI
+        shelf.put(number, member, None, [dense_OI])
+        for rung, targets in enumerate(group.rungs):
+            pruned_OI = dense_OI
+            if targets[member].sparsity > 0:
+                pruned_OI, _, _ = walk.solve(site, stats.get(site.name), targets[member])
+            keep_OI = pruned_OI != 0
+            changed = not torch.equal(pruned_OI, dense_OI.where(keep_OI, 0))
+            shelf.put(number, member, rung, [pack_bits(keep_OI), *([pruned_OI[keep_OI]] if changed else [])])
+
+
+def rung_bytes(groups: Sequence[Group], *, changes: bool) -> int:
+    """Bytes of the weights of all rungs, the dense ones included, if the method changes what it keeps or only scores."""
+    total = 0.0
+    for group in groups:
+        for member, site in enumerate(group.sites):
+            itemsize = site.stored.element_size()
+            kept = sum(1 - targets[member].sparsity for targets in group.rungs) if changes else 0.0
+            total += site.numel * (itemsize + len(group.rungs) / 8 + kept * itemsize)
+    return int(total)
+
+
+@contextmanager
+def scratch(num_bytes: int, parent: Path | None) -> Iterator[Path | None]:
+    """Where so many bytes of weights go: None for memory, where they fit; else a directory that is gone afterwards.
+
+    Raises OutputError where there is no room for them either.
+    """
+    if num_bytes <= MEMORY_SHARE * free_bytes(torch.device("cpu")):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="candidates-", dir=parent) as directory:
+        if num_bytes > shutil.disk_usage(directory).free:
+            raise OutputError(
+                f"allocation 'evolution' keeps {num_bytes / 1e9:.1f} GB of candidate weights, which fit neither in memory nor "
+                f"in {Path(directory).parent}. Use a larger disk (--out, or TMPDIR without one), or --allocation dp."
+            )
+        yield Path(directory)
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """One bit for each element of a boolean tensor, the first one the lowest: uint8."""
+    flat = F.pad(keep.reshape(-1).to(torch.uint8), (0, -keep.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, count: int) -> Tensor:
+    """The first ``count`` booleans of packed bits."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, None] >> shifts & 1).reshape(-1)[:count].bool()
+
+
+@dataclass
+class Divergence:
+    """Mean KL(dense || candidate) of candidates over calibration tokens; a :class:`llmprune.allocate.evolution.Fitness`.
+
+    Attributes:
+        recording: the search's sequences, a chunk [N, S] a batch; the first stage draws one of them.
+        head: the model's own, on the last block's outputs.
+    """
+
+    stack: Stack
+    shelves: Shelves
+    recording: Recording
+    device: torch.device
+    head: Head
+
+    def __post_init__(self) -> None:
+        # Candidates are told apart, up to a block, by the rungs of the groups before it.
+        self.cuts = [sum(group.block <= index for group in self.shelves.groups) for index in range(len(self.stack.blocks))]
+        dense: Candidate = (None,) * len(self.shelves.groups)
+        count = len(self.recording.hidden)
+        outputs = self._outputs([dense], range(count))
+        self.dense = [outputs[dense, chunk] for chunk in range(count)]
+
+    @torch.no_grad()
+    def __call__(self, candidates: Sequence[Levels], rng: random.Random | None) -> list[float]:
+        """See :class:`llmprune.allocate.evolution.Fitness`."""
+        count = len(self.recording.hidden)
+        chunks = range(count) if rng is None else [rng.randrange(count)]
+        outputs = self._outputs(candidates, chunks)
+        sums, num_tokens = [0.0] * len(candidates), 0
+        with self.head() as logits:
+            for chunk in chunks:
+                dense_NSV = F.log_softmax(logits(chunk, self.dense[chunk]).float(), dim=-1)
+                num_tokens += dense_NSV.shape[0] * dense_NSV.shape[1]
+                for number, candidate in enumerate(candidates):
+                    other_NSV = F.log_softmax(logits(chunk, outputs[candidate, chunk]).float(), dim=-1)
+                    kl = F.kl_div(other_NSV, dense_NSV, log_target=True, reduction="none").sum(dtype=torch.float64)
+                    sums[number] += float(kl.nan_to_num(nan=1e9, posinf=1e9))
+        return [max(total, 0.0) / num_tokens for total in sums]
+
+    @torch.no_grad()
+    def _outputs(self, candidates: Sequence[Candidate], chunks: Sequence[int]) -> dict[tuple[Candidate, int], Tensor]:
+        """The last block's output [N, S, H] of every candidate on every chunk."""
+        recording = self.recording
+        # A mutable object that blocks hand on belongs to one candidate alone.
+        calls: dict[tuple[Candidate, int], list[Call]] = {}
+        if recording.stateful:
+            calls = {(one, chunk): copy.deepcopy(recording.calls[chunk]) for one in candidates for chunk in chunks}
+        streams: dict[tuple[Candidate, int], Tensor] = {}
+        for index, block in enumerate(self.stack.blocks):
+            after: dict[tuple[Candidate, int], Tensor] = {}
+            home = module_device(block)
+            device = self.device if home.type == "cpu" else home
+            with placed(block, device):
+                for candidate in candidates:
+                    before, key = self._prefix(candidate, index - 1), self._prefix(candidate, index)
+                    if (key, chunks[0]) in after:
+                        continue
+                    for number in self.shelves.used_by[index]:
+                        self.shelves.hold_(number, candidate[number])
+                    for chunk in chunks:
+                        hidden_NSH = streams[before, chunk] if index else recording.hidden[chunk]
+                        call = calls.get((candidate, chunk), recording.calls[chunk])[index]
+                        after[key, chunk] = call.run(block, hidden_NSH.to(device)).to(hidden_NSH.device)
+            streams = after
+        last = len(self.stack.blocks) - 1
+        return {(one, chunk): streams[self._prefix(one, last), chunk] for one in candidates for chunk in chunks}
+
+    def _prefix(self, candidate: Candidate, index: int) -> Candidate:
+        """What of a candidate the outputs of a block depend on."""
+        return candidate if self.recording.stateful or index < 0 else candidate[: self.cuts[index]]
