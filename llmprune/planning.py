@@ -170,6 +170,7 @@ class _Planner:
             tuning = forward * (3 * batch_tokens * config.reconstruct_steps + held_out + tokens)
             pruning = max(pruning, self._tuning_bytes(batch_tokens)) + 2 * hidden
         passes = {"two-pass": 2.0, "one-pass": 1.0}.get(self._walk(batch_size), 2.6)
+        passes += 1.0 if config.permute else 0.0  # the norms of the inputs; the folds are tried on one batch
         gram = 0.0
         if self.need == Need.GRAM:
             gram = 2.0 * tokens * sum(site.shape[1] ** 2 for site in self._leaders())
