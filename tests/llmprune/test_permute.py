@@ -201,3 +201,14 @@ def test_unstructured_is_refused() -> None:
     """There are no groups to fill: the message has both ways out."""
     with pytest.raises(ConfigError, match=r"Drop --permute, or choose a pattern such as --pattern 2:4"):
         PruneConfig.build(permute=True)
+
+
+def test_folds_that_share_a_producer_are_undone_exactly() -> None:
+    """Latent attention suggests several folds of one matrix, none of which holds: every bit is as before."""
+    model = _spread_(tiny_model("deepseek_v3"))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    moved = {report.site.rpartition(".")[0] for report in _permute(model) if report.reason is None}
+    assert moved and not any("self_attn" in parent for parent in moved)
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name:
+            assert torch.equal(parameter, before[name]), name

@@ -79,8 +79,14 @@ def test_swaps_are_those_of_a_loop_in_fp64(pattern: str, width: int, cycles: int
     ("scope", "pattern"), [("row", "unstructured"), ("matrix", "unstructured"), ("block", "unstructured"), ("row", "2:4")]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_mean_errors_never_grow_and_most_shrink(seed: int, scope: Scope, pattern: str) -> None:
-    """No output's mean error on the calibration inputs ends larger than Wanda's; the sum is less than half of it."""
+@pytest.mark.parametrize("settled", [0.0, dsnot.SETTLED])
+def test_mean_errors_never_grow_and_most_shrink(
+    seed: int, scope: Scope, pattern: str, settled: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No output's mean error on the calibration inputs ends larger than Wanda's, and their sum falls: where every error is to
+    be repaired, to less than half.
+    """
+    monkeypatch.setattr(dsnot, "SETTLED", settled)
     weight_OI, x_TI = _problem(16, 256, seed=seed)
     target = Target(Pattern.parse(pattern), 0.5, scope)
     keep_OI = dsnot.support(weight_OI, _stats(x_TI), target)
@@ -88,7 +94,7 @@ def test_mean_errors_never_grow_and_most_shrink(seed: int, scope: Scope, pattern
     assert torch.equal(keep_OI.sum(1), wanda_OI.sum(1))
     errors = [((weight_OI * ~mask_OI).double() @ x_TI.double().mean(0)).abs() for mask_OI in (keep_OI, wanda_OI)]
     assert (errors[0] <= errors[1] * (1 + 1e-5) + 1e-5).all()
-    assert errors[0].sum() < errors[1].sum() / 2
+    assert errors[0].sum() < errors[1].sum() * (0.9 if settled else 0.5)
 
 
 def test_a_swap_by_hand() -> None:
