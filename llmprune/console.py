@@ -29,6 +29,7 @@ from llmprune.io.render import (
     number,
     pair_speeds,
     percent,
+    permutation_line,
     rate,
     reconstruction_line,
     size,
@@ -69,8 +70,9 @@ def print_report(report: Report, console: Console) -> None:
     if report.quality:
         console.print(_quality(report))
     console.print(_sparsity(report))
-    if line := reconstruction_line(report):
-        console.print(Text(line))
+    for line in (permutation_line(report), reconstruction_line(report)):
+        if line:
+            console.print(Text(line))
     if report.latency:
         console.print(_speed(report.latency))
         if report.latency.note:

@@ -25,6 +25,7 @@ from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.description import describe_model
 from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, pick_device
 from llmprune.engines.layerwise import Walk, block_messages
+from llmprune.engines.permute import permutation_messages
 from llmprune.engines.survey import check_budget
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, Warned
@@ -309,6 +310,9 @@ class Job:
                 if isinstance(event, Warned):
                     self.warnings.append(event.message)
                 yield event
+        if self.config.permute:
+            for message in permutation_messages(self.blocks):
+                yield self._warn(message)
         yield clock.finished(sum(block.seconds for block in self.blocks[:start]) + clock.seconds)
 
     def _measure_pruned(self) -> Iterator[Event]:

@@ -175,6 +175,7 @@ class _Planner:
         rounds = config.reconstruct_rounds if config.reconstruct else 1
         walks = {"two-pass": 1.0, "one-pass": 0.0}.get(self._walk(batch_size), 1.6)  # forwards that only collect statistics
         passes = 1 + rounds * walks
+        passes += 1.0 if config.permute else 0.0  # the norms of the inputs; the folds are tried on one batch
         gram = 0.0
         if self.need == Need.GRAM:
             gram = 2.0 * tokens * sum(site.shape[1] ** 2 for site in self._leaders())

@@ -67,13 +67,27 @@ class Reconstruction(Part):
     rounds: int = 1
 
 
+class Permutation(Part):
+    """The input channels of one site, put into an order in which its n:m pattern keeps more.
+
+    ``kept_before`` and ``kept_after`` are the shares of RIA's score that the pattern keeps. Where the channels stayed in place
+    ``reason`` says why, and the shares are None.
+    """
+
+    site: str
+    kept_before: float | None = None
+    kept_after: float | None = None
+    reason: str | None = None
+
+
 class BlockReport(Part):
-    """One decoder block: its sites and the seconds it took, ``reconstruction`` included if there was one."""
+    """One decoder block: its sites and the seconds it took, with ``permutations`` and ``reconstruction`` if there were any."""
 
     index: int
     name: str
     seconds: float
     sites: tuple[SiteReport, ...]
+    permutations: tuple[Permutation, ...] = ()
     reconstruction: Reconstruction | None = None
 
     @computed_field  # type: ignore[prop-decorator]

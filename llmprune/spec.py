@@ -47,7 +47,8 @@ class Need(IntEnum):
 
     NOTHING = 0
     NORM = 1
-    GRAM = 2
+    MEAN = 2
+    GRAM = 3
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,10 @@ class PruneConfig(BaseModel):
         None, description="Evaluate on at most this many tokens of each text; published protocols use all."
     )
     latency: bool = Field(True, description="Measure prefill and decode speed, dense and pruned.")
+    permute: bool = Field(
+        False,
+        description="n:m patterns: reorder channels inside MLPs and heads so that the pattern keeps more; the model stays.",
+    )
     damping: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="Fraction of the mean Gram diagonal added to it.")
     reconstruct: bool = Field(
         False, description="Tune the kept weights of each pruned block against the dense model's hidden states."
@@ -263,6 +268,11 @@ class PruneConfig(BaseModel):
             raise ConfigError(
                 f"pattern {pattern} fixes the sparsity of every site, so allocation {self.allocation!r} has nothing to share. "
                 "Drop --allocation, or choose the pattern 'unstructured' or 'mixed'."
+            )
+        if self.permute and pattern.m is None and not pattern.mixed:
+            raise ConfigError(
+                "permute moves weights between the groups of an n:m pattern, and the unstructured pattern has none. "
+                "Drop --permute, or choose a pattern such as --pattern 2:4."
             )
         if self.reconstruct and (self.num_samples < 2 or (self.batch_size or 0) >= self.num_samples):
             raise ConfigError(

@@ -17,6 +17,8 @@ from llmprune.spec import Need
 T = TypeVar("T")
 _ROWS = 4096  # summed by themselves first, so that rounding does not grow with T and no fp32 copy is whole
 
+_CONSTANT = 1e-5  # the rounding of a mean square in fp32, with room
+
 
 class LinearStats:
     """Input statistics of one group of sites that read the same tensor.
@@ -24,6 +26,7 @@ class LinearStats:
     Attributes:
         num_tokens: tokens seen.
         sq_I: sum of x_j^2, fp32 [I].
+        sum_I: sum of x_j, fp32 [I]; None unless the method needs it.
         gram_II: sum of x x^T, fp32 [I, I]; None unless the method needs it.
 
     Adding the same tokens in any split gives the same sums up to rounding, so shards and ranks just add up.
@@ -33,6 +36,7 @@ class LinearStats:
         self.num_tokens = 0
         self.need = need
         self.sq_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.sum_I = torch.zeros(in_features, dtype=torch.float32, device=device) if need >= Need.MEAN else None
         self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device) if need >= Need.GRAM else None
         self._solved: tuple[tuple[object, float], Any, float] | None = None
 
@@ -43,6 +47,8 @@ class LinearStats:
         self._solved = None
         if self.need == Need.NOTHING:
             return
+        if self.sum_I is not None:
+            self.sum_I += _column_sums(x_TI, lambda part_TI: part_TI)
         if self.gram_II is not None:
             for part_TI in x_TI.split(_ROWS):
                 part_TI = part_TI.float()
@@ -50,7 +56,7 @@ class LinearStats:
                 self.gram_II += part_TI.T @ part_TI
             self.sq_I = self.gram_II.diagonal().clone()
         else:
-            self.sq_I += _sum_of_squares(x_TI)
+            self.sq_I += _column_sums(x_TI, Tensor.square)
 
     def merge(self, other: LinearStats) -> None:
         """Add another shard's sums, of the same statistics."""
@@ -58,8 +64,22 @@ class LinearStats:
         self.num_tokens += other.num_tokens
         self._solved = None
         self.sq_I += other.sq_I
+        if self.sum_I is not None and other.sum_I is not None:
+            self.sum_I += other.sum_I
         if self.gram_II is not None and other.gram_II is not None:
             self.gram_II += other.gram_II
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Mean of x_j over the tokens, fp32 [I]; zero before the first token."""
+        assert self.sum_I is not None
+        return self.sum_I / max(self.num_tokens, 1)
+
+    @property
+    def variance_I(self) -> Tensor:
+        """Variance of x_j over the tokens, fp32 [I]; not below what rounding makes of a constant input."""
+        square_I = self.sq_I / max(self.num_tokens, 1)
+        return torch.maximum(square_I - self.mean_I.square(), _CONSTANT * square_I)
 
     @property
     def damping_used(self) -> float | None:
@@ -85,9 +105,9 @@ class LinearStats:
         return result
 
 
-def _sum_of_squares(x_TI: Tensor) -> Tensor:
-    """Column sums of squares, fp32 [I], by parts."""
+def _column_sums(x_TI: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Column sums of ``of(x)``, fp32 [I], by parts."""
     total_I = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)
     for part in x_TI.split(_ROWS):
-        total_I += part.float().square().sum(0)
+        total_I += of(part.float()).sum(0)
     return total_I

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,11 +27,12 @@ from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.anatomy.sites import Site, select, write_
 from llmprune.anatomy.watch import SharedInputs, Watcher
 from llmprune.devices import module_device, placed
+from llmprune.engines.permute import permute_
 from llmprune.engines.reconstruct import reconstruct_
 from llmprune.errors import FactorizationError, NonFiniteError
 from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, Warned
 from llmprune.methods import METHODS, get_method
-from llmprune.report import BlockReport, Reconstruction, SiteReport
+from llmprune.report import BlockReport, Permutation, Reconstruction, SiteReport
 from llmprune.spec import Need, PruneConfig, Target
 from llmprune.stats import LinearStats
 
@@ -77,6 +79,10 @@ class Walk:
         self.target = self.config.target(self.method.scope)
         self.fallback = METHODS["magnitude"]
         self.progress = 1.0  # share of the rounds of a block, the one at work included
+        owners = Counter(id(parameter) for block in self.stack.blocks for parameter in block.parameters())
+        self._shared = frozenset(
+            site.name for sites in self.stack.sites for site in sites if owners[id(getattr(site.module, site.parameter))] > 1
+        )
 
     @property
     def kind(self) -> str:
@@ -101,13 +107,19 @@ class Walk:
             sites = select(self.stack.sites[index], self.config.skip)
             home = module_device(block)
             with placed(block, self.device if home.type == "cpu" else home):
+                if self.dense:
+                    self._advance_dense(index, block)  # before anything changes: a resumed run carries them the same way
+                permutations = self._permute(index, block, sites) if self.config.permute else ()
                 reports, reconstruction = yield from self._prune_block(index, block, sites)
             order = {site.name: position for position, site in enumerate(sites)}
             reports.sort(key=lambda report: order[report.name])
             for report in reports:
                 yield SitePruned(block=index, site=report)
             seconds = time.perf_counter() - begun
-            summary = BlockReport(index=index, name=name, seconds=seconds, sites=tuple(reports), reconstruction=reconstruction)
+            summary = BlockReport(
+                index=index, name=name, seconds=seconds, sites=tuple(reports), permutations=permutations,
+                reconstruction=reconstruction,
+            )  # fmt: skip
             for message in block_messages(summary):
                 yield Warned(message=message)
             yield BlockFinished(block=index, num_blocks=num_blocks, report=summary)
@@ -133,14 +145,29 @@ class Walk:
         repeated = self.stack.repeated.intersection(site.name for site in sites)
         if self.kind == "one-pass" and not repeated:
             return self._one_pass(index, block, sites), None
-        if self.dense:
-            self._advance_dense(index, block)
         if self.dense and sites:
             reports, reconstruction = yield from self._reconstruct(index, block, sites)
         else:
             reports, reconstruction = self._prune_in_stages(index, block, sites), None
         self._advance(index, block)
         return reports, reconstruction
+
+    def _permute(self, index: int, block: nn.Module, sites: Sequence[Site]) -> tuple[Permutation, ...]:
+        """Reorder channels of the dense block; its inputs' norms take a forward of their own."""
+        every = self.stack.sites[index]
+        if self.recording.stateful:  # later blocks may read its keys and values
+            return tuple(Permutation(site=site.name, reason="blocks of this model share a mutable state") for site in sites[:1])
+        stats = self.collect(index, block, {site.name: site for site in every}, whole=True, needs=Need.NORM)
+        patterns = {site.name: self.targets.get(site.name, self.target).pattern for site in sites}
+        chosen = [site for site in sites if patterns[site.name].m is not None]  # a mixed job leaves some dense
+
+        def replay() -> Tensor:
+            return self.recording.calls[0][index].run(block, self.hidden[0].to(module_device(block)))
+
+        return permute_(
+            block, self.stack.name(index), every, chosen, stats, replay, patterns,
+            fixed=self.stack.repeated | self._shared, generator=self._generator(f"{self.stack.name(index)} permute"),
+        )  # fmt: skip
 
     def _prune_in_stages(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
         reports = []
@@ -215,12 +242,20 @@ class Walk:
         return reports
 
     def collect(
-        self, index: int, block: nn.Module, pending: Mapping[str, Site], *, whole: bool, keep: bool = False
+        self,
+        index: int,
+        block: nn.Module,
+        pending: Mapping[str, Site],
+        *,
+        whole: bool,
+        keep: bool = False,
+        needs: Need | None = None,
     ) -> dict[str, LinearStats]:
         """Statistics of all pending sites (``whole``), or of the first group of them that shares an input.
 
         Experts of one parameter form one group: none of their inputs depends on another's output. With ``keep`` (and
-        ``whole``) the same forward gives the next block's inputs: those of a block that is to stay as it is.
+        ``whole``) the same forward gives the next block's inputs: those of a block that is to stay as it is. ``needs`` are
+        the statistics, by default those of the walk.
         """
         collected: dict[str, LinearStats] = {}
         group: set[int] = set()  # ids of the statistics of the open group
@@ -239,7 +274,7 @@ class Walk:
                     return  # a later expert of this group may still come
                 raise _GroupComplete
             if stats is None or (own is not None and own is not stats):
-                stats = own or LinearStats(site.shape[1], self.needs, x_TI.device)
+                stats = own or LinearStats(site.shape[1], self.needs if needs is None else needs, x_TI.device)
                 stats.update(x_TI)
                 shared.put(x_TI, stats)
             collected[site.name] = stats

@@ -142,6 +142,16 @@ def reconstruction_line(report: Report) -> str | None:
     )
 
 
+def permutation_line(report: Report) -> str | None:
+    """What reordering channels gained, over all matrices whose channels moved; None without any."""
+    done = [item for block in report.blocks for item in block.permutations if item.reason is None]
+    if not done:
+        return None
+    before, after = (sum(item.kept_before or 0 for item in done), sum(item.kept_after or 0 for item in done))
+    shares = f"{percent(before / len(done), 1)} -> {percent(after / len(done), 1)}"
+    return f"Channels of {count(len(done))} matrices reordered: mean share of the score kept {shares}"
+
+
 def worst(quality: Iterable[Quality]) -> Quality | None:
     """The text with the highest perplexity ratio (NaN counts as infinite): the one the verdict speaks of."""
     measured = [(item, item.ratio) for item in quality if item.ratio is not None]
@@ -367,6 +377,7 @@ def render_html(report: Report) -> str:
         shade_error=Shade.of(errors, 0.0) if errors else None,
         experts=[(row, lists) for row in grid.rows if (lists := expert_tokens(grid, row))],
         fallbacks=_fallbacks(report),
+        permutation=permutation_line(report),
         reconstruction=reconstruction_line(report),
         command=command_line(report.config, report.out),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmprune.errors import ConfigError
 from llmprune.spec import Need, Scope, Target
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from llmprune.stats import LinearStats
 
+Gives = Literal["score", "support", "prune"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -29,7 +31,8 @@ class Method:
         name: what the user types, and the name of the file in this folder.
         needs: input statistics the walk must collect.
         scope: set in which scores compete, as in the paper.
-        updates_weights: survivors are changed (the file has ``prune``), or bit-equal to the dense ones (``score``).
+        gives: what the file has: ``score`` (the highest survive), ``support`` (which survive), both with survivors bit-equal to
+            the dense weights, or ``prune`` (the pruned weights, survivors changed).
         summary: one sentence.
         paper: reference with its equation.
         surveyed_by: method that stands in for it where an allocation prunes every site many times.
@@ -38,10 +41,15 @@ class Method:
     name: str
     needs: Need
     scope: Scope
-    updates_weights: bool
+    gives: Gives
     summary: str
     paper: str
     surveyed_by: str | None = None
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether survivors are changed; else they are bit-equal to the dense weights."""
+        return self.gives == "prune"
 
     def prune(
         self, weight_OI: Tensor, stats: LinearStats, target: Target, *, damping: float, generator: torch.Generator
@@ -58,41 +66,49 @@ class Method:
         from llmprune.masks import keep_mask
 
         module: Any = importlib.import_module(f"llmprune.methods.{self.name}")
-        if self.updates_weights:
+        if self.gives == "prune":
             return module.prune(weight_OI, stats, target, damping=damping)  # type: ignore[no-any-return]
-        score_OI = module.score(weight_OI, stats, generator=generator)
-        keep_OI = keep_mask(score_OI, target.pattern, target.sparsity, target.scope)
+        if self.gives == "support":
+            keep_OI = module.support(weight_OI, stats, target)
+        else:
+            score_OI = module.score(weight_OI, stats, generator=generator)
+            keep_OI = keep_mask(score_OI, target.pattern, target.sparsity, target.scope)
         return weight_OI.where(keep_OI, 0)
 
 
 _TABLE = (
     Method(
-        "magnitude", Need.NOTHING, "matrix", updates_weights=False,
+        "magnitude", Need.NOTHING, "matrix", "score",
         summary="Prune the smallest weights.",
         paper="Han et al. 2015, arXiv 1506.02626, section 3",
     ),
     Method(
-        "random", Need.NOTHING, "matrix", updates_weights=False,
+        "random", Need.NOTHING, "matrix", "score",
         summary="Prune at random: the floor every method must beat.",
         paper="baseline",
     ),
     Method(
-        "wanda", Need.NORM, "row", updates_weights=False,
+        "wanda", Need.NORM, "row", "score",
         summary="Weight times input norm, compared within each output.",
         paper="Sun et al. 2023, arXiv 2306.11695, eq. 1",
     ),
     Method(
-        "ria", Need.NORM, "matrix", updates_weights=False,
+        "ria", Need.NORM, "matrix", "score",
         summary="Weight relative to its row and column, times the root of the input norm.",
         paper="Zhang et al. 2024, ICLR, Plug-and-Play, eq. 5",
     ),
     Method(
-        "sparsegpt", Need.GRAM, "block", updates_weights=True,
+        "dsnot", Need.MEAN, "row", "support",
+        summary="Wanda's support, then swaps in each output that lower its mean error.",
+        paper="Zhang et al. 2023, arXiv 2310.08915, algorithm 1",
+    ),
+    Method(
+        "sparsegpt", Need.GRAM, "block", "prune",
         summary="Column-wise optimal brain surgeon with weight updates.",
         paper="Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1",
     ),
     Method(
-        "alps", Need.GRAM, "matrix", updates_weights=True,
+        "alps", Need.GRAM, "matrix", "prune",
         summary="Support by ADMM, then least squares on it by conjugate gradients.",
         paper="Meng et al. 2024, arXiv 2406.07831, algorithms 1 and 2", surveyed_by="sparsegpt",
     ),

@@ -40,8 +40,12 @@ def _name(target: Target) -> str:
 
 
 METHOD_LIST = list(METHODS.values())
-SCORE_ONLY = [method for method in METHOD_LIST if not method.updates_weights]
+SUPPORT_ONLY = [method for method in METHOD_LIST if not method.updates_weights]
 READS_INPUTS = [method for method in METHOD_LIST if method.needs > Need.NOTHING]
+
+
+def _whole_rows(target: Target) -> bool:
+    return target.pattern.m is None and target.scope != "block"
 
 
 def _cases(methods: list[Method], where: Callable[[Target], bool] = lambda target: True) -> pytest.MarkDecorator:
@@ -51,9 +55,10 @@ def _cases(methods: list[Method], where: Callable[[Target], bool] = lambda targe
 
 
 every_case = _cases(METHOD_LIST)
-score_only_case = _cases(SCORE_ONLY)
 reads_inputs_case = _cases(READS_INPUTS, lambda target: target.sparsity > 0)
-score_only_whole_rows_case = _cases(SCORE_ONLY, lambda target: target.pattern.m is None and target.scope != "block")
+support_only_case = _cases(SUPPORT_ONLY)
+support_only_whole_rows_case = _cases(SUPPORT_ONLY, _whole_rows)
+score_whole_rows_case = _cases([method for method in SUPPORT_ONLY if method.gives == "score"], _whole_rows)
 every_method = pytest.mark.parametrize("method", METHOD_LIST, ids=lambda method: method.name)
 every_scope = pytest.mark.parametrize("scope", SCOPES)
 
@@ -138,7 +143,7 @@ def test_suite_sees_every_method() -> None:
     """Every file of the methods folder is a line of METHODS, and the suite has cases of each kind."""
     files = {path.stem for path in Path(llmprune.methods.__file__).parent.glob("*.py")} - {"__init__"}
     assert files == set(METHODS)
-    assert SCORE_ONLY and READS_INPUTS and len(METHOD_LIST) > len(SCORE_ONLY)
+    assert SUPPORT_ONLY and READS_INPUTS and len(METHOD_LIST) > len(SUPPORT_ONLY)
     assert all(name == method.name for name, method in METHODS.items())
 
 
@@ -183,7 +188,7 @@ def test_n_of_m_on_awkward_shapes(method: Method, text: str, num_groups: int) ->
         assert _counts(pruned_OI, target).tolist() == _expected_counts(pruned_OI.shape, target).tolist()
 
 
-@score_only_case
+@support_only_case
 def test_survivors_are_bit_equal(method: Method, target: Target) -> None:
     """A method that does not update weights leaves every survivor as it was, sign included."""
     weight_OI = _weight()
@@ -206,8 +211,9 @@ def test_inputs_are_not_mutated_nor_shared(method: Method, target: Target) -> No
         assert torch.equal(_bits(weight_OI), _bits(dense_OI))
         assert pruned_OI.untyped_storage().data_ptr() != weight_OI.untyped_storage().data_ptr()
         assert torch.equal(stats.sq_I, before.sq_I)
-        assert (stats.gram_II is None) == (before.gram_II is None)
-        assert stats.gram_II is None or before.gram_II is None or torch.equal(stats.gram_II, before.gram_II)
+        for ours, theirs in ((stats.sum_I, before.sum_I), (stats.gram_II, before.gram_II)):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or theirs is None or torch.equal(ours, theirs)
 
 
 @every_case
@@ -232,7 +238,7 @@ def test_row_permutation_commutes(method: Method, target: Target) -> None:
     torch.testing.assert_close(permuted_OI, pruned_OI, rtol=1e-5, atol=1e-5)
 
 
-@score_only_whole_rows_case
+@support_only_whole_rows_case
 def test_column_permutation_commutes_where_sets_hold_all_columns(method: Method, target: Target) -> None:
     """Without updates, weights compared over whole rows or the whole matrix do not know their column."""
     if _is_random(method):
@@ -240,7 +246,8 @@ def test_column_permutation_commutes_where_sets_hold_all_columns(method: Method,
     weight_OI, stats = _weight(), _stats(method)
     order_I = torch.randperm(weight_OI.shape[1], generator=torch.Generator().manual_seed(4))
     permuted = LinearStats(weight_OI.shape[1], method.needs, "cpu")
-    permuted.sq_I = stats.sq_I[order_I]
+    permuted.num_tokens, permuted.sq_I = stats.num_tokens, stats.sq_I[order_I]
+    permuted.sum_I = None if stats.sum_I is None else stats.sum_I[order_I]
     expected_OI = _baseline(method, target)[:, order_I]
     assert torch.equal(_prune(method, weight_OI[:, order_I], permuted, target), expected_OI)
 
@@ -267,9 +274,9 @@ def test_pruning_twice_is_pruning_once(method: Method, target: Target) -> None:
     assert torch.equal(_prune(method, once_OI.clone(), stats, target, seed=1), once_OI)
 
 
-@score_only_whole_rows_case
+@score_whole_rows_case
 def test_supports_are_nested(method: Method, target: Target) -> None:
-    """Without updates, what survives a higher sparsity survives a lower one."""
+    """Where scores alone decide, what survives a higher sparsity survives a lower one."""
     weight_OI, stats = _weight(), _stats(method)
     lower_OI = _prune(method, weight_OI.clone(), stats, target) != 0
     higher_OI = _prune(method, weight_OI.clone(), stats, Target(target.pattern, target.sparsity + 0.1, target.scope)) != 0

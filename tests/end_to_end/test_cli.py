@@ -123,7 +123,7 @@ def test_every_option_reaches_the_config(
         "prune", tiny_model_dir, "--out", tmp_path / "out", "--method", "sparsegpt", "--pattern", "2:4", "--scope", "row",
         "--sequential", "block", "--skip", "*.down_proj", "--skip", "*.up_proj", "--calibration", text_file,
         "--num-samples", 3, "--seq-len", 24, "--batch-size", 2, "--eval", eval_file, "--eval", text_file,
-        "--max-eval-tokens", 240, "--latency", "--damping", 0.02, "--reconstruct",
+        "--max-eval-tokens", 240, "--latency", "--damping", 0.02, "--permute", "--reconstruct",
         "--reconstruct-steps", 5, "--reconstruct-rounds", 2,
         "--reconstruct-lr", 0.01, "--device", "cpu", "--dtype", "float32", "--seed", 7,
         "--revision", "main", "--trust-remote-code", "--json",
@@ -133,7 +133,7 @@ def test_every_option_reaches_the_config(
     assert report.config == PruneConfig(
         model=str(tiny_model_dir), method="sparsegpt", pattern="2:4", scope="row", sequential="block",
         skip=("*.down_proj", "*.up_proj"), calibration=str(text_file), num_samples=3, seq_len=24, batch_size=2,
-        eval=(str(eval_file), str(text_file)), max_eval_tokens=240, latency=True, damping=0.02, reconstruct=True,
+        eval=(str(eval_file), str(text_file)), max_eval_tokens=240, latency=True, damping=0.02, permute=True, reconstruct=True,
         reconstruct_steps=5, reconstruct_rounds=2, reconstruct_lr=0.01, device="cpu",
         dtype="float32", seed=7, revision="main", trust_remote_code=True,
     )  # fmt: skip

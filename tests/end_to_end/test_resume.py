@@ -184,6 +184,33 @@ def test_killed_while_blocks_are_reconstructed(model_dir: Path, texts: dict[str,
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_killed_after_a_permuted_block(model_dir: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    """Permuted channels, of matrices that are not pruned too, come back from the journal; the dense states are the same."""
+    settings: dict[str, Any] = {
+        "pattern": "2:4",
+        "permute": True,
+        "skip": "*.up_proj",
+        "reconstruct": True,
+        "reconstruct_steps": 5,
+    }
+    llmprune.prune(model_dir, method="wanda", out=tmp_path / "whole", **texts, **settings)
+    options = ("--pattern", "2:4", "--permute", "--skip", "*.up_proj", "--reconstruct", "--reconstruct-steps", "5")
+    argv = arguments(model_dir, texts, tmp_path / "out", "wanda", *options)
+    code, _ = run(argv, at(BlockFinished, block=1))
+    assert code == -signal.SIGKILL and 1 <= Journal(tmp_path / "out.work").num_blocks() < NUM_BLOCKS
+    code, events = run(argv)
+    assert code == 0 and resumed_at(events, "prune") >= 1
+    report = events[-1].report  # type: ignore[union-attr]
+    assert all(len(block.permutations) == 2 and not any(item.reason for item in block.permutations) for block in report.blocks)
+    ours, whole = content(tmp_path / "out"), content(tmp_path / "whole")
+    assert ours["model.safetensors"] == whole["model.safetensors"]
+    before = load_file(model_dir / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert not torch.equal(after[name], before[name])
+    assert torch.equal(after[name].sort(0).values, before[name].sort(0).values)
+
+
 def test_killed_by_the_clock_and_resumed(
     model_dir: Path, texts: dict[str, Any], whole: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from llmprune.events import (
     Warned,
 )
 from llmprune.io.render import render_html
-from llmprune.report import Reconstruction
+from llmprune.report import Permutation, Reconstruction
 from tests.reports import layer, sample_benchmark, sample_report
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -223,6 +223,21 @@ def test_every_stage_has_a_label() -> None:
     """No stage of the event schema goes without words."""
     stages = StageStarted.model_fields["stage"].annotation.__args__  # type: ignore[union-attr]
     assert set(LABELS) == set(stages)
+
+
+def test_permutation_is_one_line() -> None:
+    """The mean shares of the matrices whose channels moved; those that stayed do not count."""
+    report = sample_report(num_blocks=2)
+    done = (
+        Permutation(site="a", kept_before=0.7, kept_after=0.72),
+        Permutation(site="b", kept_before=0.8, kept_after=0.82),
+        Permutation(site="c", reason="held"),
+    )
+    blocks = (report.blocks[0].model_copy(update={"permutations": done}), report.blocks[1])
+    shown = " ".join(printed(blocks=blocks).split())
+    assert "Channels of 2 matrices reordered: mean share of the score kept 75.0 % -> 77.0 %" in shown
+    assert "mean share of the score kept 75.0 %" in render_html(report.model_copy(update={"blocks": blocks}))
+    assert "reordered" not in printed()
 
 
 def test_reconstruction_is_one_line() -> None:

@@ -79,6 +79,15 @@ def test_reconstruction_is_planned(make_plan: Callable[..., Plan]) -> None:
     assert prune(batch_size=64, reconstruct=True)[1] > prune(batch_size=64)[1]
 
 
+def test_permutation_is_planned(make_plan: Callable[..., Plan]) -> None:
+    """The norms of the inputs take a forward of their own."""
+    seconds = [
+        next(stage.seconds for stage in make_plan(pattern="2:4", permute=permute).stages if stage.name == "prune")
+        for permute in (False, True)
+    ]
+    assert seconds[1] > seconds[0]
+
+
 def test_what_cannot_fit_is_refused_with_the_flag_that_helps(make_plan: Callable[..., Plan]) -> None:
     """Too little memory names fewer samples; too little disk another --out; both say how much is needed."""
     plan = make_plan(free=-(2**28), num_samples=4096)

@@ -41,7 +41,7 @@ def _no_worse_than_torch(ours: Tensor, naive: Tensor, ref64: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("need", [Need.NORM, Need.GRAM], ids=lambda need: need.name)
+@pytest.mark.parametrize("need", [Need.NORM, Need.MEAN, Need.GRAM], ids=lambda need: need.name)
 def test_sums_lose_no_more_than_torch(need: Need, dtype: torch.dtype) -> None:
     """Sums of squares and products are as near to fp64 as one plain fp32 sum, also from half-precision inputs."""
     x_TI = _inputs().to(dtype)
@@ -49,6 +49,12 @@ def test_sums_lose_no_more_than_torch(need: Need, dtype: torch.dtype) -> None:
     x64_TI, x32_TI = x_TI.double(), x_TI.float()
     assert stats.sq_I.dtype == torch.float32
     _no_worse_than_torch(stats.sq_I, x32_TI.square().sum(0), x64_TI.square().sum(0))
+    assert (stats.sum_I is not None) == (need >= Need.MEAN)
+    if stats.sum_I is not None:
+        # A sum may cancel, so its scale is that of the column.
+        ours_error, naive_error = (sum_I.double() - x64_TI.sum(0) for sum_I in (stats.sum_I, x32_TI.sum(0)))
+        scale_I = x64_TI.abs().sum(0)
+        assert (ours_error.abs() / scale_I).max() <= 2 * (naive_error.abs() / scale_I).max() + 8 * EPS
     assert (stats.gram_II is not None) == (need == Need.GRAM)
     if stats.gram_II is not None:
         assert stats.gram_II.dtype == torch.float32
@@ -60,7 +66,7 @@ def test_sums_lose_no_more_than_torch(need: Need, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("split", [100_000, 2048], ids=["one update", "many updates"])
-@pytest.mark.parametrize("need", [Need.NORM, Need.GRAM], ids=lambda need: need.name)
+@pytest.mark.parametrize("need", [Need.NORM, Need.MEAN, Need.GRAM], ids=lambda need: need.name)
 def test_long_texts_do_not_drift(need: Need, split: int) -> None:
     """A hundred thousand tokens, all at once or in many updates, lose little more than a short text."""
     x_TI = _inputs(tokens=100_000, columns=4)
@@ -69,7 +75,7 @@ def test_long_texts_do_not_drift(need: Need, split: int) -> None:
     assert ((stats.sq_I.double() - ref64_I).abs() / ref64_I).max() < 1e-5
 
 
-@pytest.mark.parametrize("need", [Need.NORM, Need.GRAM], ids=lambda need: need.name)
+@pytest.mark.parametrize("need", [Need.NORM, Need.MEAN, Need.GRAM], ids=lambda need: need.name)
 def test_integer_inputs_are_summed_exactly(need: Need) -> None:
     """Small integers have sums that fp32 holds exactly, whatever the order of summation."""
     x_TI = torch.randint(-4, 5, (300, 10), generator=torch.Generator().manual_seed(0)).float()
@@ -80,7 +86,7 @@ def test_integer_inputs_are_summed_exactly(need: Need) -> None:
 
 
 @pytest.mark.parametrize("split", [[1500], [1, 1499], [700, 800], [0, 1500], [500, 0, 500, 500]], ids=str)
-@pytest.mark.parametrize("need", [Need.NOTHING, Need.NORM, Need.GRAM], ids=lambda need: need.name)
+@pytest.mark.parametrize("need", list(Need), ids=lambda need: need.name)
 def test_any_split_and_any_merge_is_one_pass(need: Need, split: list[int]) -> None:
     """Updates in any split, and shards merged in any order, give the sums of one pass."""
     x_TI = _inputs()
@@ -92,10 +98,27 @@ def test_any_split_and_any_merge_is_one_pass(need: Need, split: list[int]) -> No
     for stats in (_collect(parts, need), shards[0]):
         assert stats.num_tokens == whole.num_tokens == 1500
         torch.testing.assert_close(stats.sq_I, whole.sq_I, rtol=1e-5, atol=0)
+        if whole.sum_I is not None:
+            assert stats.sum_I is not None
+            assert ((stats.sum_I - whole.sum_I).abs() / x_TI.abs().sum(0)).max() < 1e-5
         if whole.gram_II is not None:
             assert stats.gram_II is not None
             scale_II = whole.sq_I.sqrt()[:, None] * whole.sq_I.sqrt()
             assert ((stats.gram_II - whole.gram_II).abs() / scale_II).max() < 1e-5
+
+
+def test_mean_and_variance_are_those_of_the_tokens() -> None:
+    """Against fp64; an input that never varies keeps a variance that can be divided by, one that is dead has none."""
+    x_TI = _inputs() + 0.5
+    x_TI[:, 5], x_TI[:, 6] = 7.3, 0.0
+    stats = _collect(list(x_TI.split(400)), Need.MEAN)
+    varying = [column for column in range(24) if column not in (5, 6)]
+    torch.testing.assert_close(stats.mean_I.double(), x_TI.double().mean(0), rtol=1e-4, atol=1e-5)
+    expected_I = x_TI.double().var(0, correction=0)
+    torch.testing.assert_close(stats.variance_I.double()[varying], expected_I[varying], rtol=1e-4, atol=0)
+    assert 0 < stats.variance_I[5] < 1e-2 and stats.variance_I[6] == 0
+    empty = LinearStats(3, Need.MEAN, "cpu")
+    assert not empty.mean_I.any() and not empty.variance_I.any()
 
 
 def test_merge_leaves_the_other_alone() -> None:
@@ -124,7 +147,7 @@ def test_tokens_are_counted_over_all_leading_axes(need: Need) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("need", [Need.NORM, Need.GRAM], ids=lambda need: need.name)
+@pytest.mark.parametrize("need", [Need.NORM, Need.MEAN, Need.GRAM], ids=lambda need: need.name)
 def test_inputs_are_read_only_and_carry_no_gradient(need: Need, dtype: torch.dtype) -> None:
     """Activations are left alone, and the sums keep no autograd graph alive."""
     x_TI = _inputs(tokens=20).clamp(-1000, 1000).to(dtype).requires_grad_()
@@ -138,7 +161,7 @@ def test_inputs_are_read_only_and_carry_no_gradient(need: Need, dtype: torch.dty
 def test_half_precision_sums_do_not_overflow() -> None:
     """fp16 activations of 3e4, whose squares fp16 cannot hold, are summed in fp32."""
     x_TI = torch.full((100, 2), 3e4, dtype=torch.float16)
-    for need in (Need.NORM, Need.GRAM):
+    for need in (Need.NORM, Need.MEAN, Need.GRAM):
         torch.testing.assert_close(_collect([x_TI], need).sq_I, torch.full((2,), 100 * 3e4**2), rtol=1e-3, atol=0)
 
 

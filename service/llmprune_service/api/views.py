@@ -31,7 +31,7 @@ class MethodView(_Model):
     name: str
     summary: str
     paper: str
-    needs: Literal["nothing", "norm", "gram"]
+    needs: Literal["nothing", "norm", "mean", "gram"]
     scope: Literal["row", "matrix", "block"]
     updates_weights: bool
 
