@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.events import BlockFinished, BlockStarted, Event, Progress, Stage, StageFinished, StageStarted, Warned
+from llmprune.io.course import refinement_line
 from llmprune.io.render import (
     NOTHING,
     count,
@@ -48,6 +49,8 @@ LABELS: dict[Stage, str] = {
     "dense": "Measuring dense model",
     "allocate": "Sharing sparsity",
     "prune": "Pruning blocks",
+    "refine": "Refining the mask",
+    "reconstruct": "Tuning kept weights",
     "pruned": "Measuring pruned model",
     "save": "Writing checkpoint",
     "benchmark": "Measuring speed",
@@ -68,6 +71,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.quality:
         console.print(_quality(report))
     console.print(_sparsity(report))
+    if report.refinement:
+        console.print(Text(refinement_line(report.refinement, duration(report.refinement.seconds))))
     if line := reconstruction_line(report):
         console.print(Text(line))
     if report.latency:
