@@ -34,6 +34,13 @@ from llmprune.cli_options import (
     EvolutionGenerations,
     EvolutionOffspring,
     ExportName,
+    IcbsBlockSize,
+    IcbsHessian,
+    IcbsLayersPerStep,
+    IcbsPasses,
+    IcbsPreset,
+    IcbsSequences,
+    IcbsSolver,
     Json,
     LatencyFlag,
     MaxEvalTokens,
@@ -47,6 +54,7 @@ from llmprune.cli_options import (
     ReconstructLr,
     ReconstructRounds,
     ReconstructSteps,
+    Refine,
     Revision,
     ScopeName,
     Seed,
@@ -68,7 +76,7 @@ from llmprune.cli_options import (
 from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, REFINED
 from llmprune.spec import BUNDLED_MODEL, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
 
@@ -111,6 +119,14 @@ def prune(
     reconstruct_steps: ReconstructSteps = None,
     reconstruct_rounds: ReconstructRounds = None,
     reconstruct_lr: ReconstructLr = None,
+    refine: Refine = None,
+    icbs_preset: IcbsPreset = None,
+    icbs_passes: IcbsPasses = None,
+    icbs_layers_per_step: IcbsLayersPerStep = None,
+    icbs_block_size: IcbsBlockSize = None,
+    icbs_sequences: IcbsSequences = None,
+    icbs_hessian: IcbsHessian = None,
+    icbs_solver: IcbsSolver = None,
     export: ExportName = None,
     device: Device = None,
     dtype: DtypeName = None,
@@ -220,6 +236,14 @@ def plan(
     reconstruct: Reconstruct = None,
     reconstruct_steps: ReconstructSteps = None,
     reconstruct_rounds: ReconstructRounds = None,
+    refine: Refine = None,
+    icbs_preset: IcbsPreset = None,
+    icbs_passes: IcbsPasses = None,
+    icbs_layers_per_step: IcbsLayersPerStep = None,
+    icbs_block_size: IcbsBlockSize = None,
+    icbs_sequences: IcbsSequences = None,
+    icbs_hessian: IcbsHessian = None,
+    icbs_solver: IcbsSolver = None,
     export: ExportName = None,
     device: Device = None,
     dtype: DtypeName = None,
@@ -265,7 +289,7 @@ def methods(as_json: Json = False) -> None:
             }
             for method in METHODS.values()
         ]  # fmt: skip
-        typer.echo(json.dumps({"methods": table}, indent=1))
+        typer.echo(json.dumps({"methods": table, "refined": REFINED}, indent=1))
     else:
         print_methods(METHODS.values(), Console())
 

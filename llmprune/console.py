@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.events import BlockFinished, BlockStarted, Event, Progress, Stage, StageFinished, StageStarted, Warned
+from llmprune.io.course import refinement_line
 from llmprune.io.render import (
     NOTHING,
     count,
@@ -50,6 +51,8 @@ LABELS: dict[Stage, str] = {
     "dense": "Measuring dense model",
     "allocate": "Sharing sparsity",
     "prune": "Pruning blocks",
+    "refine": "Refining the mask",
+    "reconstruct": "Tuning kept weights",
     "pruned": "Measuring pruned model",
     "save": "Writing checkpoint",
     "benchmark": "Measuring speed",
@@ -70,6 +73,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.quality:
         console.print(_quality(report))
     console.print(_sparsity(report))
+    if report.refinement:
+        console.print(Text(refinement_line(report.refinement, duration(report.refinement.seconds))))
     for line in (permutation_line(report), reconstruction_line(report)):
         if line:
             console.print(Text(line))

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Report, SiteReport
 
 Stage = Literal[
-    "fetch", "load", "calibration", "dense", "allocate", "prune", "pruned", "save", "benchmark", "generate", "convert"
-]
+    "fetch", "load", "calibration", "dense", "allocate", "prune", "refine", "reconstruct", "pruned", "save", "benchmark",
+    "generate", "convert",
+]  # fmt: skip
 
 
 class _Event(BaseModel):

@@ -6,11 +6,11 @@ Everything a front end needs comes out as events; everything a resumed run needs
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmprune import memory
 from llmprune._version import __version__
 from llmprune.allocation import Sharing, targets_of_sites
-from llmprune.anatomy.blocks import Stack, eager_experts, find_stack, probe, record
-from llmprune.anatomy.sites import check_pattern, select, total_weights
+from llmprune.anatomy.blocks import Recording, Stack, find_stack, probe
+from llmprune.anatomy.sites import Site, check_pattern, select, total_weights
 from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.description import describe_model
 from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, pick_device
@@ -37,8 +37,9 @@ from llmprune.measure.benchmark import benchmark_models
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import DENSE_NOTE, measure_speed
 from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
-from llmprune.methods import get_method
+from llmprune.methods import get_method, method_of
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
+from llmprune.refining import Refining, check_refinement, copy_weights, put_back, tuned_report
 from llmprune.report import (
     AllocationReport,
     Benchmark,
@@ -46,15 +47,20 @@ from llmprune.report import (
     Latency,
     Packed,
     Quality,
+    RefinementReport,
     Report,
     Speed,
     StageReport,
 )
 from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
 from llmprune.stages import StageClock
+from llmprune.walking import JournaledWalk, record_batches
+
+_E = TypeVar("_E", bound=Event)
 
 _DENSE = "dense"
 _ALLOCATION = "allocation"
+_TUNED = "tuned"
 
 
 @dataclass
@@ -80,6 +86,7 @@ class Job:
     blocks: list[BlockReport] = field(default_factory=list)
     resumed: bool = False
     allocation: AllocationReport | None = None
+    refinement: RefinementReport | None = None
     packed: Packed | None = None
     benchmark: Benchmark | None = None
 
@@ -97,6 +104,8 @@ class Job:
                 yield from self._measure_dense()
                 yield from self._allocate()
                 yield from self._prune()
+                yield from self._refine()
+                yield from self._reconstruct()
                 yield from self._measure_pruned()
                 yield from self._benchmark()
                 yield from self._save()
@@ -134,7 +143,7 @@ class Job:
     def _check(self) -> None:
         """Everything that can be refused before a byte is read."""
         config = self.config
-        get_method(config.method)
+        method_of(config)
         self.device = pick_device(config.device)
         self.in_memory = self.model is not None
         self.calibration_source = config.calibration_source(in_memory=self.in_memory)
@@ -274,46 +283,67 @@ class Job:
 
     def _prune(self) -> Iterator[Event]:
         clock = self._clock("prune")
-        start = self.journal.num_blocks() if self.journal else 0
-        yield clock.started(len(self.stack.blocks), resumed_at=start)
+        yield clock.started(len(self.stack.blocks), resumed_at=self.journal.num_blocks() if self.journal else 0)
         assert self.model is not None
-        with dispatched(self.model, self.device):
-            device = module_device(self.model)
-            batches = [batch.to(device) for batch in self.calibration.ids_NS.split(self.batch_size)]
-            recording = record(self.model, self.stack, batches)
-        targets = targets_of_sites(self.config, self.allocation)
-        walk = Walk(self.stack, recording, self.config, self.device, targets)
+        config = self.config
+        if config.refine != "none":  # the mask comes first: kept weights are tuned when it is final
+            config = config.model_copy(update={"reconstruct": False})
+            self.dense_weights = copy_weights(self._sites())
+        walk = Walk(self.stack, self._recording(), config, self.device, targets_of_sites(self.config, self.allocation))
         self.walk_kind = walk.kind
-        if start and walk.dense and not recording.stateful:
-            with eager_experts(self.model):
-                walk.replay(start, dense=True)
-        for index in range(start):
-            assert self.journal
-            report, weights = self.journal.read_block(index)
-            self.stack.blocks[index].load_state_dict(weights, strict=False)
-            self.blocks.append(report)
-            self.warnings += block_messages(report)
-        if start and recording.stateful:
-            with eager_experts(self.model):
-                walk.replay(start)
-        elif start:
-            assert self.journal
-            walk.hidden = [tensor.to(recording.hidden[0].device) for tensor in self.journal.read_hidden(start - 1)]
-        with eager_experts(self.model):
-            for event in walk.run(start):
-                if isinstance(event, BlockFinished):
-                    self.blocks.append(event.report)
-                    if self.journal:
-                        weights = dict(self.stack.blocks[event.block].named_parameters())
-                        digest = self.journal.write_block(event.block, event.report, weights, walk.hidden)
-                        event = event.model_copy(update={"sha256": digest})
-                if isinstance(event, Warned):
-                    self.warnings.append(event.message)
-                yield event
+        journaled = JournaledWalk(self.model, walk, self.journal)
+        self.blocks = journaled.restore()
+        before = sum(block.seconds for block in self.blocks)
+        self.warnings += [message for block in self.blocks for message in block_messages(block)]
+        for event in self._noted(journaled.run(len(self.blocks))):
+            if isinstance(event, BlockFinished):
+                self.blocks.append(event.report)
+            yield event
         if self.config.permute:
             for message in permutation_messages(self.blocks):
                 yield self._warn(message)
-        yield clock.finished(sum(block.seconds for block in self.blocks[:start]) + clock.seconds)
+        yield clock.finished(before + clock.seconds)
+
+    def _refine(self) -> Iterator[Event]:
+        """Improve the mask against the loss of the whole model."""
+        if self.config.refine == "none":
+            return
+        clock = self._clock("refine")
+        assert self.model is not None
+        refining = Refining(
+            self.model, self.stack, self.config, self.dense_weights, self.calibration.ids_NS, self.device, self.journal
+        )
+        yield clock.started(refining.total, resumed_at=refining.done)
+        before = refining.seconds_before
+        self.refinement = yield from self._noted(refining.run())
+        if not self.config.reconstruct:
+            self.dense_weights = {}
+        yield clock.finished(before + clock.seconds)
+
+    def _reconstruct(self) -> Iterator[Event]:
+        """Tune the kept weights of a refined mask: the dense weights are put back, and the blocks walked once more."""
+        if self.config.refine == "none" or not self.config.reconstruct:
+            return
+        clock, total = self._clock("reconstruct"), len(self.stack.blocks)
+        yield clock.started(total, resumed_at=self.journal.num_blocks(_TUNED) if self.journal else 0)
+        assert self.model is not None
+        supports = put_back(self._sites(), self.dense_weights)
+        walk = Walk(self.stack, self._recording(), self.config, self.device, supports=supports)
+        journaled = JournaledWalk(self.model, walk, self.journal, _TUNED)
+        recorded = journaled.restore()
+        before = sum(block.seconds for block in recorded)
+        self.warnings += [message for block in recorded for message in block_messages(block)]
+        for event in self._noted(journaled.run(len(recorded))):
+            if isinstance(event, BlockFinished):
+                recorded.append(event.report)
+                yield Progress(stage="reconstruct", done=event.block + 1, total=total, detail=event.report.name)
+            elif isinstance(event, Progress):
+                yield event.model_copy(update={"stage": "reconstruct"})
+            elif isinstance(event, Warned):
+                yield event
+        self.dense_weights = {}
+        self.blocks = [tuned_report(*pair) for pair in zip(self.blocks, recorded, strict=True)]
+        yield clock.finished(before + clock.seconds)
 
     def _measure_pruned(self) -> Iterator[Event]:
         clock = self._clock("pruned")
@@ -436,6 +466,7 @@ class Job:
             scope=self.config.target(get_method(self.config.method).scope).scope,
             walk=self.walk_kind,
             allocation=self.allocation,
+            refinement=self.refinement,
             blocks=tuple(self.blocks),
             quality=self.quality,
             latency=latency,
@@ -462,13 +493,14 @@ class Job:
 
     def _check_sites(self, stack: Stack) -> None:
         pattern = Pattern.parse(self.config.pattern)
-        chosen = [site for sites in stack.sites for site in select(sites, self.config.skip)]
+        chosen = self._sites()
         if not chosen:
             raise UnsupportedModel(
                 f"nothing to prune: {sum(map(len, stack.sites))} sites in {stack.path}, all taken out by --skip."
             )
         check_pattern(chosen, pattern)
         check_budget(self.config, chosen)
+        check_refinement(self.config, self.model, chosen)
 
     def _choose_batch_size(self) -> int:
         assert self.model is not None
@@ -499,6 +531,26 @@ class Job:
 
     def _num_windows(self) -> int:
         return sum(len(text.ids_NS) for text in self.texts)
+
+    def _sites(self) -> list[Site]:
+        """All that are pruned."""
+        return [site for sites in self.stack.sites for site in select(sites, self.config.skip)]
+
+    def _recording(self) -> Recording:
+        assert self.model is not None
+        return record_batches(self.model, self.stack, self.calibration.ids_NS, self.batch_size, self.device)
+
+    def _noted(self, events: Iterable[_E]) -> Generator[_E, None, Any]:
+        """The same events; warnings among them are kept for the report. What a generator returns is handed on."""
+        iterator = iter(events)
+        while True:
+            try:
+                event = next(iterator)
+            except StopIteration as stop:
+                return stop.value
+            if isinstance(event, Warned):
+                self.warnings.append(event.message)
+            yield event
 
     def _warn(self, message: str) -> Warned:
         self.warnings.append(message)

@@ -63,6 +63,20 @@ def solve_bytes(sites: Sequence[Site], need: Need) -> int:
     return work
 
 
+def refine_bytes(
+    sites: Sequence[Site], *, num_layers: int, num_tokens: int, batch_tokens: int, itemsize: int, vocab_size: int
+) -> int:
+    """Peak of one pass of a mask's refinement beside the weights: inputs and output gradients of all its T tokens at the
+    widest ``num_layers`` sites, what a batch's forward through the whole model keeps for its backward, its logits, fp32
+    copies of one site's gradient and scores, and two flags a weight of all sites.
+    """
+    widths = sorted((sum(site.shape) for site in sites), reverse=True)
+    held = num_tokens * itemsize * sum(widths[:num_layers])
+    graph = batch_tokens * itemsize * 2 * sum(widths)
+    logits = logits_bytes(num_tokens=batch_tokens, vocab_size=vocab_size, with_teacher=False)
+    return held + graph + logits + max((site.numel for site in sites), default=0) * 4 * 4 + 2 * sum(s.numel for s in sites)
+
+
 def logits_bytes(*, num_tokens: int, vocab_size: int, with_teacher: bool) -> int:
     """Peak of scoring T tokens: logits as they come and in fp32, log-probabilities; twice over for a divergence."""
     return num_tokens * vocab_size * 4 * (6 if with_teacher else 3)

@@ -35,7 +35,8 @@ from llmprune.io.models import build_empty, check_files, hub_errors, load_config
 from llmprune.io.stdlib_text import stdlib_documents
 from llmprune.io.text import check_source
 from llmprune.measure.quality import windows_per_batch
-from llmprune.methods import get_method
+from llmprune.methods import method_of
+from llmprune.refining import settings_of
 from llmprune.report import Plan, StagePlan
 from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
 
@@ -78,7 +79,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         config = self.config
-        method = get_method(config.method)
+        method = method_of(config)
         self.device = pick_device(config.device)
         for source in (config.calibration_source(), *config.eval_sources()):
             check_source(source)
@@ -114,6 +115,8 @@ class _Planner:
         dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
         copies = 3 if config.export == "packed" else 2  # the dense file is there until the packed one is whole
         disk = copies * self.weights + 2 * hidden + dense_hidden
+        if config.refine != "none":  # masks, and where they are tuned the blocks once more
+            disk += total_weights(self.sites) // 4 + (self.weights if config.reconstruct else 0)
         where = self.out.resolve()
         while not where.exists():
             where = where.parent
@@ -165,13 +168,13 @@ class _Planner:
             + self._activations(batch_size * self.seq_len)
             + memory.solve_bytes(self.sites, self.need)
         )
-        tuning = 0.0
+        tuning, tuning_bytes = 0.0, 0
         if config.reconstruct:
             # A backward costs two forwards; the dense hidden states go on once, held-out batches a few times.
             batch_tokens = batch_size * self.seq_len
             held_out = HELD_OUT * (NUM_CHECKS + 1) * tokens
             tuning = forward * (3 * batch_tokens * config.reconstruct_steps + held_out + tokens)
-            pruning = max(pruning, self._tuning_bytes(batch_tokens)) + 2 * hidden
+            tuning_bytes = max(pruning, self._tuning_bytes(batch_tokens)) + 2 * hidden
         rounds = config.reconstruct_rounds if config.reconstruct else 1
         walks = {"two-pass": 1.0, "one-pass": 0.0}.get(self._walk(batch_size), 1.6)  # forwards that only collect statistics
         passes = 1 + rounds * walks
@@ -185,7 +188,7 @@ class _Planner:
             ("load", 0.0, 0, 0),
             ("dense", (forward + head) * self.evaluation_tokens, scoring + activations, dense_hidden),
             *self._survey(forward, tokens, pruning),
-            ("prune", (forward * passes) * tokens + rounds * gram + tuning, pruning, 0),
+            *self._pruning((forward * passes) * tokens + rounds * gram, pruning, tuning, tuning_bytes, forward + head),
             ("pruned", (forward + 2 * head) * self.evaluation_tokens, comparing + activations, dense_hidden),
             ("save", 0.0, 0, 0),
         ]
@@ -193,7 +196,11 @@ class _Planner:
         for name, flops, working, kept in needs:
             weights = 0 if resident else self.weights
             on_device = (
-                self.weights if resident else self.block_weights if name in ("prune", "allocate") else self.weights
+                self.weights
+                if resident
+                else self.block_weights
+                if name in ("prune", "allocate", "reconstruct")
+                else self.weights
             ) + working
             cpu = base + weights + kept + (0 if on_gpu else working)
             seconds = flops / rate + (self.weights / 1e9 if name in ("load", "save") else 0.0)
@@ -201,6 +208,34 @@ class _Planner:
                 StagePlan(name=name, seconds=seconds, peak_cpu_bytes=int(cpu), peak_gpu_bytes=int(on_device) if on_gpu else 0)
             )
         return stages
+
+    def _pruning(
+        self, walk: float, pruning: int, tuning: float, tuning_bytes: int, forward: float
+    ) -> list[tuple[str, float, int, int]]:
+        """The walk with the tuning of its blocks; where a mask is refined, the walk, the refinement and then the tuning.
+
+        A refinement keeps the dense weights of the sites in CPU memory, and tuning after it the support, a byte a weight.
+        """
+        config = self.config
+        if config.refine == "none":
+            return [("prune", walk + tuning, max(pruning, tuning_bytes), 0)]
+        settings = settings_of(config, seq_len=self.seq_len, vocab_size=self.text_config.vocab_size)
+        numel = total_weights(self.sites)
+        dense = numel * self.itemsize
+        layers = min(settings.layers_per_step or len(self.sites), len(self.sites))
+        learn = config.num_samples - config.num_held_out
+        tokens = min(settings.num_sequences, learn) * self.seq_len
+        # A backward costs two forwards; the gradients of the sites of a pass are as much again as their share of one.
+        each = forward * (3 * tokens + config.num_held_out * self.seq_len) + 2.0 * tokens * numel * layers / len(self.sites)
+        if settings.hessian == "exact":
+            each += 4 * forward * tokens * settings.block_size * layers
+        working = memory.refine_bytes(
+            self.sites, num_layers=layers, num_tokens=tokens, batch_tokens=settings.batch_size * self.seq_len,
+            itemsize=self.itemsize, vocab_size=self.text_config.vocab_size,
+        )  # fmt: skip
+        refining = (settings.passes(len(self.sites)) or 0) * each
+        stages = [("prune", walk, pruning, dense), ("refine", refining, working, dense)]
+        return [*stages, ("reconstruct", tuning, tuning_bytes, dense + numel)] if config.reconstruct else stages
 
     def _survey(self, forward: float, tokens: int, pruning: int) -> list[tuple[str, float, int, int]]:
         """What the pass over the dense model needs, where the allocation takes one: name, operations, working and kept bytes.

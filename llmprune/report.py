@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import computed_field
+from pydantic import Field, computed_field
 
 from llmprune.spec import PruneConfig
 from llmprune.speed import Benchmark as Benchmark
@@ -21,6 +21,9 @@ from llmprune.speed import Speed as Speed
 SCHEMA_VERSION = 1
 BROKEN_RATIO = 2.0
 DEGRADED_RATIO = 1.1
+
+MAX_POINTS = 500
+"""Points of a course over time; a longer one is thinned out."""
 
 VerdictStatus = Literal["good", "degraded", "broken", "unmeasured"]
 
@@ -153,6 +156,60 @@ class AllocationReport(Part):
     def max_sparsity(self) -> float:
         """The highest of a site."""
         return max(self.sparsities.values(), default=0.0)
+
+
+class RefinementPoint(Part):
+    """Where the refinement of a mask stood after ``num_passes`` backward passes; all numbers count from its start.
+
+    ``loss`` is the mean cross-entropy on the held-out sequences, ``num_swaps`` the weights newly pruned and as many newly kept
+    in passes that were accepted.
+    """
+
+    num_passes: int
+    num_blocks: int
+    num_accepted: int
+    num_swaps: int
+    loss: float
+    seconds: float
+
+
+class RefinementReport(Part):
+    """How a mask was improved against the loss of the whole model, and what that took.
+
+    The sequences that judged the steps are calibration text too: the evaluation says what it gained on other text. ``scope``
+    is where the number of zeros stayed: matrix, row, or the groups of an n:m pattern. ``points`` are thinned out.
+    """
+
+    name: str
+    preset: str
+    hessian: str
+    solver: str
+    block_size: int
+    layers_per_step: int
+    num_sequences: int
+    num_held_out: int
+    scope: str
+    num_sites: int
+    points: tuple[RefinementPoint, ...] = Field(min_length=1)
+    stopped: str
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loss_before(self) -> float:
+        """Of the mask that the method left."""
+        return self.points[0].loss
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loss_after(self) -> float:
+        """Of the refined mask."""
+        return self.points[-1].loss
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def seconds(self) -> float:
+        """From the first loss to the last."""
+        return self.points[-1].seconds
 
 
 class TextReport(Part):
@@ -415,6 +472,7 @@ class Report(Part):
     walk: str
     allocation: AllocationReport | None = None
     blocks: tuple[BlockReport, ...]
+    refinement: RefinementReport | None = None
     quality: tuple[Quality, ...]
     latency: Latency | None
     benchmark: Benchmark | None = None

@@ -23,6 +23,10 @@ Sequential = Literal["block", "group"]
 Allocation = Literal["uniform", "erk", "owl", "pqi", "dp", "evolution"]
 EffortName = Literal["fast", "balanced", "best"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Refine = Literal["none", "icbs"]
+IcbsPreset = Literal["default", "paper"]
+IcbsHessian = Literal["fisher", "exact"]
+IcbsSolver = Literal["anneal", "greedy", "exhaustive"]
 Export = Literal["dense", "packed"]
 PackedFormat = Literal["2:4", "bitmask"]
 PackFormat = Literal["auto", "2:4", "bitmask"]
@@ -37,6 +41,10 @@ MIXED = "mixed"
 DEFAULT_RECONSTRUCT_STEPS = 120
 DEFAULT_RECONSTRUCT_LR = 0.02
 MAX_DEFAULT_SEQ_LEN = 2048
+MAX_EXACT_BLOCK = 1024
+"""Weights of a block whose exact Hessian is taken: it costs a backward pass through a backward pass for each of them."""
+MAX_EXHAUSTIVE_BLOCK = 22
+"""Weights of a block of which all choices are tried."""
 _N_TO_M = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
 _MAX_M = 32
 MAX_MIXED_SPARSITY = 0.75
@@ -223,6 +231,30 @@ class PruneConfig(BaseModel):
     reconstruct_lr: Annotated[float, Field(gt=0, lt=math.inf)] = Field(
         DEFAULT_RECONSTRUCT_LR, description="First step of a weight, as a fraction of its matrix's root mean square."
     )
+    refine: Refine = Field(
+        "none", description="Improve the mask against the loss of the whole model: none, or icbs (iterative, in blocks)."
+    )
+    icbs_preset: IcbsPreset = Field(
+        "default", description="Settings of icbs: 'default', ours, with steps that do harm undone, or 'paper'."
+    )
+    icbs_passes: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Backward passes of icbs at most. Default: the preset's."
+    )
+    icbs_layers_per_step: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Matrices whose masks a pass of icbs changes at once, at most. Default: the preset's."
+    )
+    icbs_block_size: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Weights of a matrix that a pass of icbs decides anew. Default: the preset's."
+    )
+    icbs_sequences: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Calibration sequences of a pass of icbs. Default: the preset's, or all that there are."
+    )
+    icbs_hessian: IcbsHessian = Field(
+        "fisher", description="Curvature of icbs: 'fisher', from the gradients, or 'exact', slow and for small blocks."
+    )
+    icbs_solver: IcbsSolver | None = Field(
+        None, description="What solves a block of icbs: anneal, greedy or exhaustive. Default: the preset's."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...: where blocks are pruned and evaluated.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto keeps the checkpoint's.")
     export: Export = Field(
@@ -259,6 +291,19 @@ class PruneConfig(BaseModel):
             )
         return {**values, "sparsity": pattern.sparsity}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _icbs_starts_from_wanda(cls, values: Any) -> Any:
+        """Method ``icbs`` is Wanda's mask, refined."""
+        if not isinstance(values, dict) or values.get("method") != "icbs":
+            return values
+        if values.get("refine", "icbs") != "icbs":
+            raise ConfigError(
+                f"method icbs is wanda with refine 'icbs', but refine {values['refine']!r} was asked for. Drop --refine, or "
+                "choose --method wanda."
+            )
+        return {**values, "method": "wanda", "refine": "icbs"}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         pattern = Pattern.parse(self.pattern)
@@ -279,6 +324,14 @@ class PruneConfig(BaseModel):
                 "reconstruct holds a part of the calibration batches out: it needs num_samples of at least 2 and a smaller "
                 f"batch_size, got {self.num_samples} and {self.batch_size}. Lower --batch-size or raise --num-samples."
             )
+        if self.refine == "icbs":
+            self._check_icbs()
+        elif idle := [
+            name
+            for name, field in type(self).model_fields.items()
+            if name.startswith("icbs_") and getattr(self, name) != field.default
+        ]:
+            raise ConfigError(f"{idle[0]} says how a mask is refined, but none is. Add --refine icbs, or drop it.")
         return self
 
     def _check_mixed(self) -> None:
@@ -292,6 +345,42 @@ class PruneConfig(BaseModel):
                 f"pattern 'mixed' cannot reach sparsity {self.sparsity:g}: its sparsest pattern is 1:4. "
                 f"The closest feasible one is {MAX_MIXED_SPARSITY}; use it, or the unstructured pattern."
             )
+
+    def _check_icbs(self) -> None:
+        """What the fields alone say; whether the method keeps dense weights is its table's to know."""
+        for is_set, what, why, remedy in (
+            (self.permute, "permute", "reorders the weights that a mask would be refined from", "--permute"),
+            (self.pattern == MIXED, "pattern 'mixed'", "has groups of another size in every matrix", "--refine"),
+            (
+                self.reconstruct and self.reconstruct_rounds > 1, f"reconstruct_rounds {self.reconstruct_rounds}",
+                "chooses the mask anew in each round", "--reconstruct-rounds",
+            ),
+        ):  # fmt: skip
+            if is_set:
+                raise ConfigError(f"refine improves one mask, and {what} {why}. Drop {remedy}.")
+        if self.num_samples < 2:
+            raise ConfigError(
+                f"refine holds a part of the calibration sequences out: it needs num_samples of at least 2, got "
+                f"{self.num_samples}. Raise --num-samples."
+            )
+        learn = self.num_samples - self.num_held_out
+        if (self.icbs_sequences or 0) > learn:
+            raise ConfigError(
+                f"icbs_sequences is {self.icbs_sequences}, but of {self.num_samples} calibration sequences {learn} are there "
+                "to learn from. Lower --icbs-sequences or raise --num-samples."
+            )
+        for chosen, name, most in (
+            (self.icbs_hessian, "exact", MAX_EXACT_BLOCK), (self.icbs_solver, "exhaustive", MAX_EXHAUSTIVE_BLOCK)
+        ):  # fmt: skip
+            if chosen == name and (self.icbs_block_size or 0) > most:
+                raise ConfigError(
+                    f"{name} is for blocks of at most {most} weights, got {self.icbs_block_size}. Lower --icbs-block-size."
+                )
+
+    @property
+    def num_held_out(self) -> int:
+        """Calibration sequences, the last ones, that judge a refined mask and are not learnt from: an eighth."""
+        return max(1, self.num_samples // 8)
 
     @classmethod
     def build(cls, config: PruneConfig | None = None, **overrides: Any) -> PruneConfig:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llmprune.console import printable
 from llmprune.io.render import NOTHING, count, duration, number, percent, rate, size, small
-from llmprune.methods import Method
+from llmprune.methods import REFINED, Method
 from llmprune.report import Conversion, Evaluation, Fetched, Inspection, Plan, SiteInfo
 
 
@@ -102,6 +102,8 @@ def print_methods(methods: Iterable[Method], console: Console) -> None:
     for method in methods:
         weights = "updated" if method.updates_weights else "kept"
         table.add_row(method.name, method.scope, method.needs.name.lower(), weights, f"{method.summary}\n{method.paper}")
+    for name, summary in REFINED.items():
+        table.add_row(name, NOTHING, "gradients", "kept", summary)
     console.print(table)
 
 

@@ -22,7 +22,7 @@ class SiteState:
 
     Attributes:
         site: the weights in the model.
-        dense_OI: their dense values, in the model's dtype.
+        dense_OI: their dense values, in the model's dtype, on any device: only the entries of a block are brought over.
         pruned_W: which are zero now, bool.
         group_size: consecutive weights among which the number of pruned ones is kept: a row's, an n:m group's, or all.
         fixed_W: frozen ones, bool: never in a block.
@@ -70,14 +70,15 @@ class SiteState:
             ValueError: a weight is neither zero nor its dense value.
         """
         weight_OI = site.weight_OI
-        dense_OI = dense_OI.to(weight_OI.device, weight_OI.dtype)
+        dense_OI = dense_OI.to(weight_OI.dtype)
+        here_OI = dense_OI.to(weight_OI.device)
         pruned_OI = weight_OI == 0
-        if not torch.equal(weight_OI, torch.where(pruned_OI, 0, dense_OI)):
+        if not torch.equal(weight_OI, torch.where(pruned_OI, 0, here_OI)):
             raise ValueError(
                 f"{site.name}: kept weights differ from the dense ones; refine the mask of a method that keeps them."
             )
         pruned_W = pruned_OI.reshape(-1)
-        absent_W = (dense_OI == 0).reshape(-1)  # zero in the dense model: nothing to restore
+        absent_W = (here_OI == 0).reshape(-1)  # zero in the dense model: nothing to restore
         fixed_W = absent_W.clone()
         if score_OI is not None:
             score_W = score_OI.reshape(-1)
@@ -122,7 +123,24 @@ class SiteState:
         """Set which weights of a block are pruned, here and in the model."""
         rows_V, columns_V = self.rows_and_columns(index_V)
         self.pruned_W[index_V] = pruned_V
-        self.site.weight_OI[rows_V, columns_V] = torch.where(pruned_V, 0, self.dense_OI[rows_V, columns_V])
+        self.site.weight_OI[rows_V, columns_V] = torch.where(pruned_V, 0, self.dense_at(rows_V, columns_V))
+
+    def dense_at(self, row_V: Tensor, column_V: Tensor) -> Tensor:
+        """Dense values [V], on the model's device."""
+        home = self.dense_OI.device
+        return self.dense_OI[row_V.to(home), column_V.to(home)].to(row_V.device)
+
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        """(the mask, a bit a weight, uint8 [W / 8], the tabu list), on the CPU."""
+        return pack_bits(self.pruned_W.cpu()), self.tabu_F.cpu()
+
+    def restore_(self, bits: Tensor, tabu_F: Tensor) -> None:
+        """Take a snapshot's mask, here and in the model, and its tabu list."""
+        home = self.pruned_W.device
+        self.pruned_W = unpack_bits(bits, self.pruned_W.numel()).to(home)
+        self.tabu_F = tabu_F.to(home)
+        pruned_OI = self.pruned_W.view(self.site.shape)
+        self.site.weight_OI.copy_(torch.where(pruned_OI, 0, self.dense_OI.to(home)))
 
     def rows_and_columns(self, index_V: Tensor) -> tuple[Tensor, Tensor]:
         """(row, column) of flat indices."""
@@ -153,6 +171,19 @@ def allocate_steps(sizes: Sequence[int], num_steps: int, *, min_steps: int = 1) 
     for site in sorted(shares, key=lambda site: (counts[site] - shares[site], site))[:left]:
         counts[site] += 1
     return counts
+
+
+def pack_bits(flag_W: Tensor) -> Tensor:
+    """Eight flags a byte, the first in the highest bit, uint8."""
+    padded_W = torch.nn.functional.pad(flag_W.to(torch.uint8), (0, -flag_W.numel() % 8))
+    places = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8)
+    return (padded_W.view(-1, 8) * places).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, count: int) -> Tensor:
+    """The first ``count`` flags of :func:`pack_bits`, bool."""
+    places = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8)
+    return (bits[:, None] & places).bool().reshape(-1)[:count]
 
 
 def _lowest(score_W: Tensor, among_W: Tensor, count: int) -> Tensor:

@@ -6,7 +6,7 @@ sequence's gradient is the sum of T products. N sequences, S tokens of each, O o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,7 @@ class SiteGradients:
 
     def mean(self) -> Tensor:
         """Gradient of the mean loss, fp32 (fp64 for an fp64 model) [O, I]."""
-        total_OI = sum(_wide(d_SO).T @ _wide(x_SI) for d_SO, x_SI in zip(self.outputs, self.inputs, strict=True))
+        total_OI = sum(wide(d_SO).T @ wide(x_SI) for d_SO, x_SI in zip(self.outputs, self.inputs, strict=True))
         assert isinstance(total_OI, Tensor)
         return total_OI / (self.num_sequences * self.scale)
 
@@ -53,7 +53,7 @@ class SiteGradients:
         for d_SO, x_SI in zip(self.outputs, self.inputs, strict=True):
             width = max(1, _PRODUCTS // len(x_SI))
             parts = [
-                (_wide(d_SO[:, rows]) * _wide(x_SI[:, columns])).sum(0)
+                (wide(d_SO[:, rows]) * wide(x_SI[:, columns])).sum(0)
                 for rows, columns in zip(row_V.split(width), column_V.split(width), strict=True)
             ]
             sums.append(torch.cat(parts))
@@ -87,7 +87,7 @@ def gather(
     found = {site.name: SiteGradients(scale) for site in sites}
     total = 0.0
     for ids_BS in ids_NS.to(module_device(model)).split(batch_size):
-        with _frozen(model), _watched(sites, found, len(ids_BS)), torch.enable_grad():
+        with frozen(model), _watched(sites, found, len(ids_BS)), torch.enable_grad():
             loss_B = sequence_losses(model, ids_BS)
             if loss_B.requires_grad:
                 (loss_B.sum() * scale).backward()
@@ -95,9 +95,9 @@ def gather(
     return found, total / len(ids_NS)
 
 
-def sequence_losses(model: PreTrainedModel, ids_NS: Tensor) -> Tensor:
+def sequence_losses(model: Callable[..., Any], ids_NS: Tensor) -> Tensor:
     """Mean cross-entropy of every sequence's next tokens, from fp32 (fp64 for an fp64 model) logits [N]."""
-    logits_NSV = _wide(model(input_ids=ids_NS, use_cache=False).logits[:, :-1])
+    logits_NSV = wide(model(input_ids=ids_NS, use_cache=False).logits[:, :-1])
     losses_NS = F.cross_entropy(logits_NSV.transpose(1, 2), ids_NS[:, 1:], reduction="none")
     return losses_NS.mean(1)
 
@@ -130,7 +130,7 @@ def input_norms(model: PreTrainedModel, sites: Sequence[Site], ids_NS: Tensor, *
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter wants a gradient: only activations behind the first watched site do."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -167,5 +167,6 @@ def _watched(sites: Sequence[Site], found: dict[str, SiteGradients], num_sequenc
             handle.remove()
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """fp32, but fp64 stays."""
     return x if x.dtype == torch.float64 else x.float()

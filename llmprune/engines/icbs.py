@@ -15,7 +15,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,96 +24,17 @@ from transformers import PreTrainedModel
 
 from llmprune.anatomy.sites import Site
 from llmprune.engines.candidates import SiteState, allocate_steps
+from llmprune.engines.curvature import exact_hessian, positive_factor
 from llmprune.engines.gradients import SiteGradients, can_gather, gather, input_norms, mean_loss
+from llmprune.engines.icbs_settings import RefineSettings as RefineSettings
+from llmprune.engines.icbs_settings import RefineStep as RefineStep
 from llmprune.errors import NonFiniteError
 from llmprune.solvers.problem import BlockProblem
-from llmprune.solvers.solve import Solver, solve
+from llmprune.solvers.solve import solve
 from llmprune.spec import Pattern, Scope
 
 _MIN_SCALE = 2.0**-10
 _FIRST_RIDGE = 1e-3  # where a ridge of zero begins to rise
-
-
-@dataclass(frozen=True)
-class RefineSettings:
-    """How a mask is refined. The defaults are the paper's for Mistral-7B; ``held_out`` and what follows is not in it.
-
-    Attributes:
-        num_epochs, steps_per_epoch: blocks tried are their product.
-        block_size: n, weights of a block.
-        num_pruned: k, pruned ones among them; None is half.
-        num_sequences: N of a step.
-        multiplier: gamma, of the gradient term.
-        ridge: lambda, on the step.
-        tabu, fix_pruned, fix_kept: see :meth:`llmprune.engines.candidates.SiteState.of`.
-        min_steps: of every site in an epoch, where that is possible.
-        solver, solver_options: see :func:`llmprune.solvers.solve.solve`.
-        layers_per_step: sites that share one backward pass, each with a block of its own.
-        adapt_ridge: double the ridge where the held-out loss falls by less than a tenth of what was predicted, halve it
-            again (not below ``ridge``) where the prediction holds or nothing moves; without held-out text it stays.
-        tolerance: a step that raises the held-out loss by more than this fraction is undone; inf keeps every step.
-        patience: stop when the held-out loss fell by less than ``min_gain`` (a fraction) in this many passes; None never.
-        batch_size: sequences at once.
-        seed: of the order of sites and sequences, and of the solver.
-    """
-
-    num_epochs: int = 10
-    steps_per_epoch: int = 300
-    block_size: int = 4096
-    num_pruned: int | None = None
-    num_sequences: int = 16
-    multiplier: float = 0.75
-    ridge: float = 0.001
-    tabu: float = 0.40
-    fix_pruned: float = 0.42
-    fix_kept: float = 0.35
-    min_steps: int = 10
-    solver: str | Solver = "anneal"
-    solver_options: Mapping[str, Any] = field(default_factory=dict)
-    layers_per_step: int = 1
-    adapt_ridge: bool = True
-    tolerance: float = 0.0
-    patience: int | None = None
-    min_gain: float = 1e-3
-    batch_size: int = 1
-    seed: int = 0
-
-    @property
-    def num_steps(self) -> int:
-        """Blocks tried at most."""
-        return self.num_epochs * self.steps_per_epoch
-
-    @property
-    def pruned_of_block(self) -> int:
-        """k."""
-        return self.block_size // 2 if self.num_pruned is None else self.num_pruned
-
-
-@dataclass(frozen=True)
-class RefineStep:
-    """What one step did; step 0 is the start.
-
-    Attributes:
-        step: blocks tried so far.
-        sites: names of the sites whose blocks this step tried.
-        num_swaps: weights newly pruned, and as many newly kept.
-        predicted: the model's change of the loss, at most 0.
-        loss: mean over the step's sequences, before it.
-        held_out: mean over the held-out ones after it; as it was if the step was undone. NaN where it is not measured.
-        accepted: whether the step stayed.
-        ridge: lambda of the step.
-        seconds: since the start.
-    """
-
-    step: int
-    sites: tuple[str, ...]
-    num_swaps: int
-    predicted: float
-    loss: float
-    held_out: float
-    accepted: bool
-    ridge: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -144,6 +65,7 @@ class Refinement:
         states: the sites under refinement, by name.
         ids_NS: sequences to learn from.
         held_out_NS: sequences that judge the steps; empty keeps every step.
+        history: a record per backward pass, after one of the start.
         stopped: why it ended, when it has.
     """
 
@@ -152,6 +74,7 @@ class Refinement:
     ids_NS: Tensor
     held_out_NS: Tensor
     settings: RefineSettings
+    history: list[RefineStep] = field(default_factory=list, init=False)
     stopped: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -159,6 +82,9 @@ class Refinement:
         self.ridge = self.settings.ridge
         # fp16 gradients of single tokens underflow; the factor is halved where they overflow instead.
         self.scale = 1024.0 if self.model.dtype == torch.float16 else 1.0
+        self.epochs = 0
+        self.groups: list[list[str]] = []  # of this epoch, those to come
+        self.batches: list[list[int]] = []  # of this round through the sequences, those to come
 
     @classmethod
     def of(
@@ -209,47 +135,77 @@ class Refinement:
             )
         return cls(model, states, ids_NS, held_out_NS, settings)
 
+    @property
+    def crowded(self) -> list[str]:
+        """Sites with fewer free weights than a block has: a block takes all of them."""
+        return [name for name, state in self.states.items() if state.num_free < self.settings.block_size]
+
     def run(self) -> Iterator[RefineStep]:
         """Refine; one record per backward pass, after one of the start. Closing the generator leaves a valid mask.
+
+        Goes on where a restored snapshot was taken.
 
         Raises:
             NonFiniteError: gradients stay NaN or inf at any scale of the loss.
         """
-        begun = time.perf_counter()
-        held_out = self._judge()
-        yield RefineStep(0, (), 0, 0.0, math.nan, held_out, True, self.ridge, 0.0)
-        batches = self._batches()
-        history = [held_out]
-        step = 0
-        for group in self._schedule():
-            moves, loss = self._try(group, next(batches))
-            ridge, predicted = self.ridge, sum(move.change for move in moves)
-            num_swaps, accepted = sum(move.write_() for move in moves), True
-            if not num_swaps:
-                self._trust(0.0, 0.0, accepted)
-            elif len(self.held_out_NS):
-                after = self._judge()
-                accepted = after <= held_out * (1 + self.settings.tolerance)
-                self._trust(predicted, after - held_out, accepted)
-                if accepted:
-                    held_out = after
-                else:
-                    num_swaps = 0
-                    for move in moves:
-                        move.undo_()
-            if accepted:
-                for move in moves:
-                    move.state.tried(move.index_V)
-            step += len(group)
-            history.append(held_out)
-            seconds = time.perf_counter() - begun
-            yield RefineStep(step, tuple(group), num_swaps, predicted, loss, held_out, accepted, ridge, seconds)
-            if self._plateau(history):
+        if not self.history:
+            self.history.append(RefineStep(0, (), 0, 0.0, math.nan, self._judge(), True, self.ridge, 0.0))
+            yield self.history[-1]
+        begun = time.perf_counter() - self.history[-1].seconds
+        while not self.stopped:
+            if (group := self._next_group()) is None:
+                self.stopped = f"all {self.history[-1].step} blocks are tried"
+                return
+            self.history.append(self._step(group, begun))
+            if self._plateau():
                 self.stopped = (
                     f"the held-out loss fell by less than {self.settings.min_gain:.2%} in {self.settings.patience} passes"
                 )
-                return
-        self.stopped = f"all {step} blocks are tried"
+            yield self.history[-1]
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that :meth:`restore_` needs to go on from here to the same end: plain data, and tensors on the CPU."""
+        tensors = {"generator": self.generator.get_state()}
+        for name, state in self.states.items():
+            tensors[f"mask {name}"], tensors[f"tabu {name}"] = state.snapshot()
+        data = {
+            "ridge": self.ridge, "scale": self.scale, "epochs": self.epochs, "groups": self.groups, "batches": self.batches,
+            "history": [asdict(step) for step in self.history], "stopped": self.stopped,
+        }  # fmt: skip
+        return data, tensors
+
+    def restore_(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot, in the model too. The refinement is of the same model, sites, text and settings."""
+        for name, state in self.states.items():
+            state.restore_(tensors[f"mask {name}"], tensors[f"tabu {name}"])
+        self.generator.set_state(tensors["generator"])
+        self.ridge, self.scale, self.epochs = data["ridge"], data["scale"], data["epochs"]
+        self.groups, self.batches, self.stopped = list(data["groups"]), list(data["batches"]), data["stopped"]
+        self.history = [RefineStep(**{**step, "sites": tuple(step["sites"])}) for step in data["history"]]
+
+    def _step(self, group: Sequence[str], begun: float) -> RefineStep:
+        """One backward pass: solve a block of every site of the group, move, and keep it unless it does harm."""
+        held_out, ridge = self.history[-1].held_out, self.ridge
+        moves, loss = self._try(group, self._next_batch())
+        predicted = sum(move.change for move in moves)
+        num_swaps, accepted = sum(move.write_() for move in moves), True
+        if not num_swaps:
+            self._trust(0.0, 0.0, accepted)
+        elif len(self.held_out_NS):
+            after = self._judge()
+            accepted = after <= held_out * (1 + self.settings.tolerance)
+            self._trust(predicted, after - held_out, accepted)
+            if accepted:
+                held_out = after
+            else:
+                num_swaps = 0
+                for move in moves:
+                    move.undo_()
+        if accepted:
+            for move in moves:
+                move.state.tried(move.index_V)
+        step, seconds = self.history[-1].step + len(group), time.perf_counter() - begun
+        return RefineStep(step, tuple(group), num_swaps, predicted, loss, held_out, accepted, ridge, seconds)
 
     def _try(self, group: Sequence[str], ids_NS: Tensor) -> tuple[list[_Move], float]:
         """One block of every site of a group, solved but not written, and the mean loss before."""
@@ -261,7 +217,7 @@ class Refinement:
             found = gradients.pop(name)
             if found.num_sequences != len(ids_NS):  # not called, or more than once
                 continue
-            move = self._solve(self.states[name], found)
+            move = self._solve(self.states[name], found, ids_NS)
             if move is None:  # not finite
                 self.scale /= 2
                 if self.scale < _MIN_SCALE or not math.isfinite(loss):
@@ -281,23 +237,28 @@ class Refinement:
         else:
             self.ridge = max(2 * self.ridge, _FIRST_RIDGE)
 
-    def _solve(self, state: SiteState, gradients: SiteGradients) -> _Move | None:
+    def _solve(self, state: SiteState, gradients: SiteGradients, ids_NS: Tensor) -> _Move | None:
         """The answer for one block: which weights, which of them to prune, predicted change; None if not finite."""
         settings = self.settings
         mean_OI = gradients.mean()
         if not bool(torch.isfinite(mean_OI).all()):
             return None
-        dense_OI = state.dense_OI.to(mean_OI.dtype)
         count = settings.pruned_of_block
-        index_V = state.select((dense_OI * mean_OI).abs(), count, settings.block_size - count)
+        score_OI = (state.dense_OI.to(mean_OI.device) * mean_OI).abs()
+        index_V = state.select(score_OI, count, settings.block_size - count)
         rows_V, columns_V = state.rows_and_columns(index_V)
+        if settings.hessian == "exact":
+            hessian_VV = exact_hessian(self.model, state.site, ids_NS, rows_V, columns_V, batch_size=settings.batch_size)
+            factor_NV, shift = positive_factor(hessian_VV)
+        else:
+            factor_NV, shift = gradients.at(rows_V, columns_V) / math.sqrt(gradients.num_sequences), 0.0
         problem = BlockProblem.of_loss(
-            dense_OI[rows_V, columns_V],
+            state.dense_at(rows_V, columns_V).to(mean_OI.dtype),
             state.pruned_W[index_V],
             mean_OI[rows_V, columns_V],
-            gradients.at(rows_V, columns_V) / math.sqrt(gradients.num_sequences),
+            factor_NV,
             multiplier=settings.multiplier,
-            ridge=self.ridge,
+            ridge=self.ridge - shift / 2,
             group_V=None if state.group_size == state.pruned_W.numel() else index_V // state.group_size,
         )
         options = dict(settings.solver_options)
@@ -306,42 +267,52 @@ class Refinement:
         solution = solve(problem, settings.solver, **options)
         return _Move(state, index_V, state.pruned_W[index_V], solution.pruned_V, solution.change)
 
-    def _schedule(self) -> Iterator[list[str]]:
-        """Sites of every backward pass: each epoch a permutation of one fixed multiset; a site goes to the first pass that
-        has room and does not have it yet.
-        """
-        names = list(self.states)
-        if not names:
-            return
-        sizes = [self.states[name].pruned_W.numel() for name in names]
-        counts = allocate_steps(sizes, self.settings.steps_per_epoch, min_steps=self.settings.min_steps)
-        tickets = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
-        for _ in range(self.settings.num_epochs):
-            groups: list[list[str]] = []
-            for ticket in torch.randperm(len(tickets), generator=self.generator).tolist():
-                name, width = tickets[ticket], self.settings.layers_per_step
-                group = next((group for group in groups if len(group) < width and name not in group), None)
-                if group is None:
-                    groups.append([name])
-                else:
-                    group.append(name)
-            yield from groups
+    def _next_group(self) -> list[str] | None:
+        """Sites of the next backward pass; None after the last."""
+        limit = self.settings.max_passes
+        if not self.states or (limit is not None and len(self.history) > limit):
+            return None
+        if not self.groups:
+            if self.epochs == self.settings.num_epochs:
+                return None
+            self.epochs += 1
+            self.groups = self._shuffled_groups()
+        return self.groups.pop(0)
 
-    def _batches(self) -> Iterator[Tensor]:
-        """Sequences of every step: all of them in random order, then again in another."""
+    def _shuffled_groups(self) -> list[list[str]]:
+        """The passes of an epoch: a permutation of one fixed multiset of sites; a site goes to the first pass that has
+        room and does not have it yet.
+        """
+        names, settings = list(self.states), self.settings
+        sizes = [self.states[name].pruned_W.numel() for name in names]
+        counts = allocate_steps(sizes, settings.steps_per_epoch or len(names), min_steps=settings.min_steps)
+        tickets = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        groups: list[list[str]] = []
+        width = settings.layers_per_step or len(names)
+        for ticket in torch.randperm(len(tickets), generator=self.generator).tolist():
+            name = tickets[ticket]
+            group = next((group for group in groups if len(group) < width and name not in group), None)
+            if group is None:
+                groups.append([name])
+            else:
+                group.append(name)
+        return groups
+
+    def _next_batch(self) -> Tensor:
+        """Sequences of the next step: all of them in random order, then again in another."""
         size = min(self.settings.num_sequences, len(self.ids_NS))
-        while True:
-            for chosen_N in torch.randperm(len(self.ids_NS), generator=self.generator).split(size):
-                if len(chosen_N) == size:
-                    yield self.ids_NS[chosen_N]
+        if not self.batches:
+            order_N = torch.randperm(len(self.ids_NS), generator=self.generator)
+            self.batches = [chosen_N.tolist() for chosen_N in order_N.split(size) if len(chosen_N) == size]
+        return self.ids_NS[self.batches.pop(0)]
 
     def _judge(self) -> float:
         if not len(self.held_out_NS):
             return math.nan
         return mean_loss(self.model, self.held_out_NS, batch_size=self.settings.batch_size)
 
-    def _plateau(self, history: Sequence[float]) -> bool:
+    def _plateau(self) -> bool:
         patience = self.settings.patience
-        if patience is None or len(history) <= patience:
+        if patience is None or len(self.history) <= patience:
             return False
-        return history[-1] > history[-1 - patience] * (1 - self.settings.min_gain)
+        return self.history[-1].held_out > self.history[-1 - patience].held_out * (1 - self.settings.min_gain)

@@ -60,6 +60,7 @@ class Walk:
         dense: per batch the dense model's hidden states at the same place, to reconstruct to; empty without.
         device: where blocks compute; blocks and hidden states are brought there and taken back.
         targets: what each site is to become by name, from an allocation; the config's own for the others.
+        supports: which weights of each site stay, bool [O, I] by name; where there are any, they take the method's place.
         needs: the statistics that are collected, the method's own unless more is asked for.
     """
 
@@ -68,6 +69,7 @@ class Walk:
     config: PruneConfig
     device: torch.device
     targets: Mapping[str, Target] = field(default_factory=dict)
+    supports: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: list[Tensor] = field(init=False)
     dense: list[Tensor] = field(init=False)
 
@@ -170,6 +172,8 @@ class Walk:
         )  # fmt: skip
 
     def _prune_in_stages(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
+        if self.supports:
+            return [self._keep_support(site) for site in sites]
         reports = []
         pending = {site.name: site for site in sites}
         while pending:
@@ -356,6 +360,11 @@ class Walk:
             name=site.name, shape=site.shape, numel=site.numel, num_zeros=num_zeros, num_tokens=num_tokens,
             output_error=output_error, fallback=fallback, target=target.sparsity, pattern=target.name,
         )  # fmt: skip
+
+    def _keep_support(self, site: Site) -> SiteReport:
+        keep_OI = self.supports[site.name].to(site.stored.device)
+        num_zeros = write_(site, site.weight_OI.where(keep_OI, 0))
+        return SiteReport(name=site.name, shape=site.shape, numel=site.numel, num_zeros=num_zeros)
 
 
 def relative_output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStats) -> float | None:

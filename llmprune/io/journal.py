@@ -3,7 +3,8 @@
     WORK/run.json                 the fingerprint: what the run is
     WORK/lock                     held while a process works on it
     WORK/dense/                   quality and speed of the dense model, its final hidden states
-    WORK/block-00000/             one record per pruned block, in order:
+    WORK/refine-000012/           the newest state of a refinement: plain data, masks and tabu lists
+    WORK/block-00000/             one record per pruned block, in order; tuned-00000 where it was tuned later:
         record.json               report, RNG state, sha256 of the other files
         weights.safetensors       the block's state dict
         hidden-00000.safetensors  the next block's inputs, a file a batch (only the newest record keeps them)
@@ -96,14 +97,16 @@ class Journal:
         self.close()
         shutil.rmtree(removed, ignore_errors=True)
 
-    def num_blocks(self) -> int:
+    def num_blocks(self, kind: str = "block") -> int:
         """Number of leading blocks with a whole record."""
         count = 0
-        while self._block(count).is_dir():
+        while self._block(count, kind).is_dir():
             count += 1
         return count
 
-    def write_block(self, index: int, report: BlockReport, weights: Mapping[str, Tensor], hidden: list[Tensor]) -> str:
+    def write_block(
+        self, index: int, report: BlockReport, weights: Mapping[str, Tensor], hidden: list[Tensor], kind: str = "block"
+    ) -> str:
         """Record a pruned block and return the sha256 of its weights file.
 
         The previous record's hidden states are not needed any more then.
@@ -112,20 +115,20 @@ class Journal:
         files = {_HIDDEN.replace("*", f"{batch:05d}"): {"hidden": tensor} for batch, tensor in enumerate(hidden)}
         files[_WEIGHTS] = dict(weights)
         rng = torch.get_rng_state().numpy().tobytes().hex()
-        digests = self.write(self._block(index).name, {"report": report.model_dump(), "rng": rng}, files)
+        digests = self.write(self._block(index, kind).name, {"report": report.model_dump(), "rng": rng}, files)
         if index:
-            for file in self._block(index - 1).glob(_HIDDEN):
+            for file in self._block(index - 1, kind).glob(_HIDDEN):
                 file.unlink(missing_ok=True)
         return digests[_WEIGHTS]
 
-    def read_block(self, index: int) -> tuple[BlockReport, dict[str, Tensor]]:
+    def read_block(self, index: int, kind: str = "block") -> tuple[BlockReport, dict[str, Tensor]]:
         """Report and state dict of a recorded block."""
-        data = self.read(self._block(index).name, [_WEIGHTS])
-        return BlockReport.model_validate(data["report"]), load_file(self._block(index) / _WEIGHTS)
+        data = self.read(self._block(index, kind).name, [_WEIGHTS])
+        return BlockReport.model_validate(data["report"]), load_file(self._block(index, kind) / _WEIGHTS)
 
-    def read_hidden(self, index: int) -> list[Tensor]:
+    def read_hidden(self, index: int, kind: str = "block") -> list[Tensor]:
         """The inputs of block ``index + 1``; also puts the RNG back where it was."""
-        name = self._block(index).name
+        name = self._block(index, kind).name
         files = sorted(file for file in self.read(name, [])["sha256"] if fnmatchcase(file, _HIDDEN))
         data = self.read(name, files)
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(data["rng"]), dtype=torch.uint8))
@@ -164,8 +167,21 @@ class Journal:
         """Whether a record of that name is there."""
         return (self.directory / name).is_dir()
 
-    def _block(self, index: int) -> Path:
-        return self.directory / f"block-{index:05d}"
+    def write_latest(self, kind: str, number: int, data: Mapping[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Record a state under ``kind`` and a number that grows; the one before goes when this one is whole."""
+        name = f"{kind}-{number:06d}"
+        if not self.has(name):
+            self.write(name, data, files)
+        for folder in self.directory.glob(f"{kind}-*"):
+            if folder.name != name:
+                shutil.rmtree(folder)
+
+    def latest(self, kind: str) -> str | None:
+        """Name of the newest state of that kind."""
+        return max((folder.name for folder in self.directory.glob(f"{kind}-*")), default=None)
+
+    def _block(self, index: int, kind: str) -> Path:
+        return self.directory / f"{kind}-{index:05d}"
 
     def _acquire(self) -> None:
         self._lock = (self.directory / _LOCK).open("w")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmprune.errors import ConfigError
-from llmprune.spec import Need, Scope, Target
+from llmprune.spec import Need, PruneConfig, Scope, Target
 
 if TYPE_CHECKING:
     import torch
@@ -114,12 +114,29 @@ _TABLE = (
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+REFINED: dict[str, str] = {
+    "icbs": "Wanda, then its mask improved against the loss of the whole model: method wanda with refine icbs "
+    "(arXiv 2411.17796)."
+}
+"""Names that PruneConfig takes for a method of the table and a refinement after it."""
 
 
 def get_method(name: str) -> Method:
     """The method of that name; raises ConfigError with the nearest known name."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
+    near = difflib.get_close_matches(name, [*METHODS, *REFINED], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"method {name!r} is unknown.{hint} Known methods: {', '.join(METHODS)}.")
+    raise ConfigError(f"method {name!r} is unknown.{hint} Known methods: {', '.join([*METHODS, *REFINED])}.")
+
+
+def method_of(config: PruneConfig) -> Method:
+    """The method of a job; raises ConfigError where it is unknown, or cannot be refined."""
+    method = get_method(config.method)
+    if config.refine != "none" and method.updates_weights:
+        kept = ", ".join(other.name for other in METHODS.values() if not other.updates_weights)
+        raise ConfigError(
+            f"refine {config.refine!r} moves zeros among dense weights, but {method.name} changes the kept ones. Refine a "
+            f"method that keeps them ({kept}), and add --reconstruct to tune them afterwards."
+        )
+    return method

@@ -5,10 +5,14 @@ N samples, V variables (weights of the block), R candidate solutions, G groups.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,32 @@ class BlockProblem:
         count_V = pruned_G[index_V].to(self.linear_V.dtype)
         penalty = float(pruned_G.double().square().sum())
         return self.dense() + weight * (same_VV - 2 * torch.diag(count_V)), self.constant + weight * penalty
+
+    def safe_penalty(self) -> float:
+        """A weight for :meth:`penalised` from which on its least energy keeps every constraint: above what any one variable
+        can change the energy by.
+        """
+        size_VV = self.dense().abs().double()
+        return 1.001 * float((2 * size_VV.sum(1) - size_VV.diagonal()).max()) if self.num_variables else 0.0
+
+    def to_bqm(self, weight: float | None = None) -> Any:
+        """The problem as a ``dimod.BinaryQuadraticModel`` over variables 0 .. V-1, constraints as penalties, for the samplers
+        of D-Wave's Ocean and what speaks its format.
+
+        Args:
+            weight: of the penalties; None is :meth:`safe_penalty`.
+
+        Raises:
+            ConfigError: dimod is not installed.
+        """
+        try:
+            dimod: Any = importlib.import_module("dimod")
+        except ImportError:
+            raise ConfigError("to_bqm needs the package dimod: pip install dimod.") from None
+        q_VV, constant = self.penalised(self.safe_penalty() if weight is None else weight)
+        model = dimod.BinaryQuadraticModel(q_VV.double().cpu().numpy(), dimod.BINARY)
+        model.offset += constant
+        return model
 
     def to(self, device: torch.device | str) -> BlockProblem:
         """The same problem on another device."""

@@ -10,7 +10,7 @@ from typing import Any
 from llmprune.errors import ConfigError, TextError
 from llmprune.io.text import NAMES
 from llmprune.io.text_hub import HubSource
-from llmprune.methods import get_method
+from llmprune.methods import method_of
 from llmprune.spec import BUNDLED_MODEL, MAX_DEFAULT_SEQ_LEN
 from llmprune_service import net
 from llmprune_service.problems import Problem
@@ -92,7 +92,7 @@ def _model(request: JobRequest, settings: Settings) -> Iterator[tuple[str, str]]
     if request.trust_remote_code:
         yield "/trust_remote_code", "Code that comes with a model is never run here. Leave it out, or prune that model locally."
     try:
-        get_method(request.method)
+        method_of(request)
     except ConfigError as error:
         yield "/method", str(error)
     if request.device not in DEVICES:

@@ -266,3 +266,17 @@ def test_an_unknown_effort_names_the_known_ones() -> None:
     """One line with the choices."""
     with pytest.raises(ConfigError, match="effort: .*'fast', 'balanced' or 'best'"):
         PruneConfig.build(effort="quick")
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"pattern": "2:4", "permute": True}, "--permute"),
+        ({"pattern": "mixed", "allocation": "dp"}, "'mixed'"),
+        ({"reconstruct": True, "reconstruct_rounds": 2}, "--reconstruct-rounds"),
+    ],
+)
+def test_a_refined_mask_is_one_mask(fields: dict[str, Any], names: str) -> None:
+    """What changes weights or groups under a mask does not go with refining it."""
+    assert PruneConfig.build(**fields)
+    assert names in _error(method="icbs", **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmprune.errors import ConfigError
 from llmprune.solvers.anneal import _in_turn, anneal
 from llmprune.solvers.greedy import swap_changes
 from llmprune.solvers.problem import BlockProblem
@@ -261,3 +263,42 @@ def test_nothing_to_swap(solver: str, count: int) -> None:
     """All pruned or none pruned: the answer is the start."""
     problem = _random(6, 2, 0, num_pruned=count)
     assert solve(problem, solver).num_swaps == 0
+
+
+def _grouped_problem() -> BlockProblem:
+    generator = torch.Generator().manual_seed(4)
+    factor_NV, linear_V = torch.randn(3, 8, generator=generator).double(), torch.randn(8, generator=generator).double()
+    pruned_V = torch.tensor([True, False, True, False, False, True, False, False])
+    return BlockProblem(factor_NV, linear_V, pruned_V, torch.arange(8) // 4, constant=0.5)
+
+
+def test_a_safe_penalty_keeps_every_constraint() -> None:
+    """Of all 256 choices the least penalised one is the best that keeps the sums."""
+    problem = _grouped_problem()
+    q_VV, constant = problem.penalised(problem.safe_penalty())
+    choices_RV = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 8)
+    energy_R = ((choices_RV @ q_VV) * choices_RV).sum(1) + constant
+    best_V = choices_RV[energy_R.argmin()].bool()
+    assert bool(problem.feasible(best_V[None]))
+    assert torch.equal(best_V, solve(problem, "exhaustive").pruned_V)
+    assert float(energy_R.min()) == pytest.approx(float(problem.energy(best_V[None])))
+
+
+def test_dimod_reads_the_problem() -> None:
+    """The same energies in its own model, and its exact solver finds our answer."""
+    dimod = pytest.importorskip("dimod", reason="the optional package dimod is not installed")
+    problem = _grouped_problem()
+    model = problem.to_bqm()
+    answer = solve(problem, "exhaustive")
+    energy = float(problem.energy(answer.pruned_V[None]))
+    assert model.energy({i: int(pruned) for i, pruned in enumerate(answer.pruned_V)}) == pytest.approx(energy)
+    best = dimod.ExactSolver().sample(model).first
+    assert best.energy == pytest.approx(energy)
+    assert [bool(best.sample[i]) for i in range(8)] == answer.pruned_V.tolist()
+
+
+def test_without_dimod_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optional package: what to install."""
+    monkeypatch.setitem(sys.modules, "dimod", None)
+    with pytest.raises(ConfigError, match="pip install dimod"):
+        _grouped_problem().to_bqm()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 import llmprune
@@ -16,7 +19,8 @@ import tiny
 from llmprune.anatomy.blocks import find_stack, probe
 from llmprune.anatomy.sites import Site
 from llmprune.engines import icbs
-from llmprune.engines.candidates import SiteState, allocate_steps
+from llmprune.engines.candidates import SiteState, allocate_steps, pack_bits, unpack_bits
+from llmprune.engines.curvature import exact_hessian, positive_factor
 from llmprune.engines.gradients import can_gather, gather, mean_loss, sequence_losses
 from llmprune.engines.icbs import Refinement, RefineSettings, RefineStep
 from llmprune.errors import NonFiniteError
@@ -351,6 +355,88 @@ def test_the_paper_is_the_default() -> None:
     0.35.
     """
     settings = RefineSettings()
-    assert (settings.block_size, settings.pruned_of_block, settings.num_steps, settings.num_sequences) == (4096, 2048, 3000, 16)
+    assert (settings.block_size, settings.pruned_of_block, settings.num_sequences) == (4096, 2048, 16)
+    assert settings.max_blocks(num_sites=224) == settings.passes(num_sites=224) == 3000
     assert (settings.multiplier, settings.ridge) == (0.75, 0.001)
     assert (settings.tabu, settings.fix_pruned, settings.fix_kept) == (0.40, 0.42, 0.35)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_exact_hessian_is_autograds(model_type: str) -> None:
+    """By chosen weights of one site, in fp64, in batches, also of transposed weights; the model is left as it was."""
+    model, ids_NS = tiny.make_model(model_type, dtype=torch.float64), _ids(3)
+    site = next(site for site in _sites(model) if site.name.rpartition(".")[2] in ("down_proj", "c_fc"))
+    before_OI = site.weight_OI.clone()
+    generator = torch.Generator().manual_seed(0)
+    flat_V = torch.randperm(site.numel, generator=generator)[:9]
+    rows_V, columns_V = flat_V // site.shape[1], flat_V % site.shape[1]
+    name = f"{site.name}.weight"
+
+    def loss(entries_V: Tensor) -> Tensor:
+        weight_OI = before_OI.index_put((rows_V, columns_V), entries_V)
+        changed = {name: weight_OI.T if site.transposed else weight_OI}
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return sequence_losses(lambda **kwargs: functional_call(model, changed, (), kwargs), ids_NS).mean()
+
+    expected_VV = torch.autograd.functional.hessian(loss, before_OI[rows_V, columns_V])
+    hessian_VV = exact_hessian(model, site, ids_NS, rows_V, columns_V, batch_size=2)
+    assert float(hessian_VV.abs().max()) > 0
+    scale = float(expected_VV.abs().max())  # norms and rotary embeddings are fp32 in any model
+    assert float((hessian_VV - expected_VV).abs().max()) <= 1e-5 * scale
+    assert torch.equal(site.weight_OI, before_OI)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_indefinite_hessian_makes_the_very_same_problem() -> None:
+    """The shift that gives it a factor is taken off the ridge: energies of all choices are the second-order model's."""
+    generator = torch.Generator().manual_seed(3)
+    half_VV = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    hessian_VV = half_VV + half_VV.T
+    assert float(torch.linalg.eigvalsh(hessian_VV)[0]) < -0.5
+    dense_V, gradient_V = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    pruned_V = torch.tensor([True, False, True, False, True, False])
+    factor_VV, shift = positive_factor(hessian_VV)
+    torch.testing.assert_close(factor_VV.T @ factor_VV, hessian_VV + shift * torch.eye(6, dtype=torch.float64))
+    problem = BlockProblem.of_loss(dense_V, pruned_V, gradient_V, factor_VV, multiplier=0.75, ridge=0.01 - shift / 2)
+    choices_RV = torch.cartesian_prod(*[torch.tensor([False, True])] * 6)
+    for choice_V, energy in zip(choices_RV, problem.energy(choices_RV), strict=True):
+        step_V = dense_V * (pruned_V.double() - choice_V.double())
+        expected = 0.75 * gradient_V @ step_V + 0.5 * step_V @ hessian_VV @ step_V + 0.01 * step_V @ step_V
+        assert float(energy) == pytest.approx(float(expected), abs=1e-10)
+
+
+def test_a_snapshot_goes_on_to_the_same_end() -> None:
+    """Taken midway through JSON, restored in another refinement of the same start: the same steps and weights."""
+
+    def begun() -> tuple[PreTrainedModel, Refinement]:
+        model = tiny.train_(tiny.make_model(), num_steps=20)
+        sites, dense = _pruned(model)
+        settings = RefineSettings(**(QUICK | {"num_epochs": 2, "layers_per_step": 3, "num_sequences": 5}))
+        return model, Refinement.of(model, sites, dense, _ids(12), _ids(6, seed=1), settings)
+
+    whole, first = begun()
+    data, tensors = {}, {}
+    for _ in first.run():
+        if len(first.history) == 4:
+            data, tensors = first.snapshot()
+            data = json.loads(json.dumps(data))
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert first.history[-1].step == 32
+    resumed, second = begun()
+    second.restore_(data, tensors)
+    assert len(second.history) == 4
+    steps = list(second.run())
+    assert len(steps) == len(first.history) - 4
+    assert [replace(step, seconds=0.0) for step in steps] == [replace(step, seconds=0.0) for step in first.history[4:]]
+    assert second.stopped == first.stopped
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_masks_are_packed_bit_by_bit(count: int) -> None:
+    """The first weight in the highest bit; what is packed comes back."""
+    flag_W = torch.arange(count) % 3 == 0
+    bits = pack_bits(flag_W)
+    assert len(bits) == -(-count // 8) and int(bits[0]) >= 128
+    assert torch.equal(unpack_bits(bits, count), flag_W)

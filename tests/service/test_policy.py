@@ -41,6 +41,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *[({"device": device}, "/device") for device in ("cuda:1", "meta", "", "CUDA", "cpu\n")],
     ({"trust_remote_code": True}, "/trust_remote_code"),
     ({"method": "wonda"}, "/method"),
+    ({"method": "sparsegpt", "refine": "icbs"}, "/method"),
     ({"num_samples": 2**16, "seq_len": 2**11}, "/num_samples"),
     ({"num_samples": 2**16}, "/num_samples"),
     ({"num_samples": 10**4000, "seq_len": 10**4000}, "/num_samples"),

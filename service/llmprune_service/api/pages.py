@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import StaticFiles
 
 from llmprune.errors import UserError
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, REFINED
 from llmprune_service import tables
 from llmprune_service.api import auth
 from llmprune_service.api import jobs as api_jobs
@@ -119,7 +119,8 @@ def _jobs_page(
         request, "jobs.html", principal, status=problem.status if problem else 200, here="jobs",
         jobs=[_entry(row) for row in rows], now=time.time(), statuses=get_args(Status), chosen=status, after=after,
         next="/?" + urlencode({name: value for name, value in query.items() if value}) if more else None,
-        may_write=_may_write(principal), methods=[(method.name, method.summary) for method in METHODS.values()],
+        may_write=_may_write(principal),
+        methods=[*((method.name, method.summary) for method in METHODS.values()), *REFINED.items()],
         form={name: (form or {}).get(name, "") for name in _FIELDS}, problem=problem, example=example,
     )  # fmt: skip
     answer.headers.update(problem.headers if problem else {})

@@ -249,7 +249,19 @@ def test_the_methods_and_their_parameters(service: Service) -> None:
     """Enough to draw a form."""
     answer = service.get("/v1/methods").json()
     assert {"magnitude", "wanda", "sparsegpt"} <= {method["name"] for method in answer["data"]}
-    assert "sparsity" in answer["config_schema"]["properties"]
+    properties = answer["config_schema"]["properties"]
+    assert "sparsity" in properties
+    assert properties["refine"]["enum"] == ["none", "icbs"] and properties["icbs_preset"]["enum"] == ["default", "paper"]
+
+
+def test_a_refined_job_is_taken(service: Service) -> None:
+    """Method icbs is stored as what it is; weights that a method changes cannot be refined."""
+    job = service.post("/v1/jobs", json=JOB | {"method": "icbs", "icbs_passes": 3}).json()
+    assert {name: job["config"][name] for name in ("method", "refine", "icbs_passes")} == {
+        "method": "wanda", "refine": "icbs", "icbs_passes": 3,
+    }  # fmt: skip
+    refused = problem(service.post("/v1/jobs", json=JOB | {"method": "alps", "refine": "icbs"}), 422)
+    assert "--reconstruct" in str(refused)
 
 
 def test_the_pareto_front_is_of_one_text(service: Service) -> None:
