@@ -11,8 +11,7 @@ from benchmarks.quality_variants import TARGETS, VARIANTS
 
 BEST = "best"
 CLOSED_AT_LEAST = 0.55
-ICBS_BY_TIME = ("icbs-short", "icbs", "icbs-long")
-ICBS_TARGETS = ("50 %", "60 %", "2:4")
+ICBS_BY_TIME = ("icbs-short", "icbs")
 RECONSTRUCTED = "+reconstruct"
 
 
@@ -54,8 +53,8 @@ class Bar:
 def bars(results: Results) -> list[Bar]:
     """All bars, over the models that have results."""
     models = list(results.models)
-    icbs = [("icbs", "wanda", ICBS_TARGETS)]
-    times = [(later, sooner, ICBS_TARGETS) for sooner, later in pairwise(ICBS_BY_TIME)]
+    icbs = [("icbs", "wanda", VARIANTS["icbs"].targets)]
+    times = [(later, sooner, VARIANTS[sooner].targets) for sooner, later in pairwise(ICBS_BY_TIME)]
     tuned = [
         (variant.name, variant.name.removesuffix(RECONSTRUCTED), variant.targets)
         for variant in VARIANTS.values()

@@ -14,9 +14,9 @@ from benchmarks.quality_variants import TARGETS, VARIANTS, Model, Variant
 from llmprune.spec import BUNDLED_MODEL
 
 README_VARIANTS = (
-    "magnitude", "wanda", "sparsegpt", "alps", "sparsegpt+reconstruct", "alps+reconstruct", "fast", "balanced", "best"
+    "magnitude", "wanda", "dsnot", "sparsegpt", "alps", "wanda+reconstruct", "fast", "balanced", "best"
 )  # fmt: skip
-README_TARGETS = ("50 %", "60 %", "2:4")
+README_TARGETS = ("60 %", "2:4")
 README_COST = "60 %"
 _COLUMNS = (
     "model", "target", "variant", "family", "status", "sparsity", "perplexity_dense", "perplexity", "gap", "gap_error",

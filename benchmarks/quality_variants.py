@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmprune.efforts import EFFORTS
 from llmprune.errors import ConfigError
 from llmprune.methods import METHODS, Method, get_method
 from llmprune.spec import BUNDLED_MODEL, Need, PruneConfig
@@ -88,14 +89,21 @@ def _family(method: Method) -> str:
 _TABLE = (
     *(Variant(method.name, _family(method), {"method": method.name}) for method in METHODS.values()),
     *(
-        Variant(f"{method}+reconstruct", "reconstruct", {"method": method, "reconstruct": True})
+        Variant(f"{method}+reconstruct", "reconstruct", {"method": method, "reconstruct": True}, ("60 %", "2:4"))
         for method in ("magnitude", "wanda", "sparsegpt", "alps")
     ),
     *(
-        Variant(f"{method}+{allocation}", "allocation", {"method": method, "allocation": allocation}, ("60 %", "70 %"))
+        Variant(f"{method}+permute", "permute", {"method": method, "permute": True}, ("2:4",))
         for method in ("wanda", "sparsegpt")
-        for allocation in ("owl", "dp")
     ),
+    *(
+        Variant(f"{method}+{allocation}", "allocation", {"method": method, "allocation": allocation}, ("70 %",))
+        for method in ("wanda", "sparsegpt")
+        for allocation in ("owl", "dp", "evolution")
+    ),
+    Variant("icbs-short", "refine", {"method": "icbs", "icbs_passes": 8}, ("50 %",)),
+    Variant("icbs", "refine", {"method": "icbs"}, ("50 %", "60 %", "2:4")),
+    *(Variant(name, "preset", {"effort": name}, ("60 %", "2:4")) for name in EFFORTS),
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _TABLE}
 
