@@ -38,7 +38,7 @@ _EXACT_BLOCK = 128  # where the block size is not said
 PRESETS: dict[str, RefineSettings] = {
     "default": RefineSettings(
         num_epochs=None, steps_per_epoch=None, max_passes=50, block_size=1024, num_sequences=32, ridge=0.001, min_steps=1,
-        layers_per_step=14, solver="greedy", patience=10,
+        layers_per_step=14, solver="greedy", patience=10, retries=3,
     ),
     "paper": RefineSettings(adapt_ridge=False, tolerance=math.inf),
 }  # fmt: skip

@@ -38,6 +38,18 @@ _FIRST_RIDGE = 1e-3  # where a ridge of zero begins to rise
 
 
 @dataclass(frozen=True)
+class _Block:
+    """Weights of one site that are tried together, and what models the loss in them; V of them, N sequences."""
+
+    state: SiteState
+    index_V: Tensor
+    dense_V: Tensor
+    gradient_V: Tensor
+    factor_NV: Tensor  # the curvature is its transpose times itself, less shift
+    shift: float
+
+
+@dataclass(frozen=True)
 class _Move:
     """A solved block of one site: which weights, which of them are and which should be pruned, the predicted change."""
 
@@ -185,46 +197,50 @@ class Refinement:
 
     def _step(self, group: Sequence[str], begun: float) -> RefineStep:
         """One backward pass: solve a block of every site of the group, move, and keep it unless it does harm."""
-        held_out, ridge = self.history[-1].held_out, self.ridge
-        moves, loss = self._try(group, self._next_batch())
-        predicted = sum(move.change for move in moves)
-        num_swaps, accepted = sum(move.write_() for move in moves), True
-        if not num_swaps:
-            self._trust(0.0, 0.0, accepted)
-        elif len(self.held_out_NS):
-            after = self._judge()
-            accepted = after <= held_out * (1 + self.settings.tolerance)
-            self._trust(predicted, after - held_out, accepted)
+        held_out, predicted, num_swaps, accepted = self.history[-1].held_out, 0.0, 0, True
+        blocks, loss = self._blocks(group, self._next_batch())
+        for _ in range(1 + self.settings.retries):
+            ridge = self.ridge
+            moves = [self._solve(block) for block in blocks]
+            predicted = sum(move.change for move in moves)
+            num_swaps, accepted = sum(move.write_() for move in moves), True
+            if not num_swaps:
+                self._trust(0.0, 0.0, accepted)
+            elif len(self.held_out_NS):
+                after = self._judge()
+                accepted = after <= held_out * (1 + self.settings.tolerance)
+                self._trust(predicted, after - held_out, accepted)
+                if accepted:
+                    held_out = after
+                else:
+                    num_swaps = 0
+                    for move in moves:
+                        move.undo_()
             if accepted:
-                held_out = after
-            else:
-                num_swaps = 0
-                for move in moves:
-                    move.undo_()
-        if accepted:
-            for move in moves:
-                move.state.tried(move.index_V)
+                for block in blocks:
+                    block.state.tried(block.index_V)
+                break
         step, seconds = self.history[-1].step + len(group), time.perf_counter() - begun
         return RefineStep(step, tuple(group), num_swaps, predicted, loss, held_out, accepted, ridge, seconds)
 
-    def _try(self, group: Sequence[str], ids_NS: Tensor) -> tuple[list[_Move], float]:
-        """One block of every site of a group, solved but not written, and the mean loss before."""
+    def _blocks(self, group: Sequence[str], ids_NS: Tensor) -> tuple[list[_Block], float]:
+        """One block of every site of a group with its second-order model, and the mean loss before."""
         settings = self.settings
         sites = [self.states[name].site for name in group]
         gradients, loss = gather(self.model, sites, ids_NS, batch_size=settings.batch_size, scale=self.scale)
-        moves = []
+        blocks = []
         for name in group:
             found = gradients.pop(name)
             if found.num_sequences != len(ids_NS):  # not called, or more than once
                 continue
-            move = self._solve(self.states[name], found, ids_NS)
-            if move is None:  # not finite
+            block = self._block(self.states[name], found, ids_NS)
+            if block is None:  # not finite
                 self.scale /= 2
                 if self.scale < _MIN_SCALE or not math.isfinite(loss):
                     raise NonFiniteError(f"{name}: its gradients hold NaN or inf. Use --dtype float32 or bfloat16.")
                 return [], loss
-            moves.append(move)
-        return moves, loss
+            blocks.append(block)
+        return blocks, loss
 
     def _trust(self, predicted: float, measured: float, accepted: bool) -> None:
         """A larger ridge where the model of the loss promised too much; a smaller one where it kept a tenth of its word
@@ -235,10 +251,10 @@ class Refinement:
         if accepted and measured <= 0.1 * predicted:
             self.ridge = max(self.ridge / 2, self.settings.ridge)
         else:
-            self.ridge = max(2 * self.ridge, _FIRST_RIDGE)
+            self.ridge = max((2 if accepted else 4) * self.ridge, _FIRST_RIDGE)
 
-    def _solve(self, state: SiteState, gradients: SiteGradients, ids_NS: Tensor) -> _Move | None:
-        """The answer for one block: which weights, which of them to prune, predicted change; None if not finite."""
+    def _block(self, state: SiteState, gradients: SiteGradients, ids_NS: Tensor) -> _Block | None:
+        """The weights of a site that are tried, and the model of the loss in them; None if not finite."""
         settings = self.settings
         mean_OI = gradients.mean()
         if not bool(torch.isfinite(mean_OI).all()):
@@ -252,20 +268,27 @@ class Refinement:
             factor_NV, shift = positive_factor(hessian_VV)
         else:
             factor_NV, shift = gradients.at(rows_V, columns_V) / math.sqrt(gradients.num_sequences), 0.0
+        dense_V = state.dense_at(rows_V, columns_V).to(mean_OI.dtype)
+        return _Block(state, index_V, dense_V, mean_OI[rows_V, columns_V], factor_NV, shift)
+
+    def _solve(self, block: _Block) -> _Move:
+        """Which weights of a block to prune, by the ridge of this moment."""
+        settings, state = self.settings, block.state
+        before_V = state.pruned_W[block.index_V]
         problem = BlockProblem.of_loss(
-            state.dense_at(rows_V, columns_V).to(mean_OI.dtype),
-            state.pruned_W[index_V],
-            mean_OI[rows_V, columns_V],
-            factor_NV,
+            block.dense_V,
+            before_V,
+            block.gradient_V,
+            block.factor_NV,
             multiplier=settings.multiplier,
-            ridge=self.ridge - shift / 2,
-            group_V=None if state.group_size == state.pruned_W.numel() else index_V // state.group_size,
+            ridge=self.ridge - block.shift / 2,
+            group_V=None if state.group_size == state.pruned_W.numel() else block.index_V // state.group_size,
         )
         options = dict(settings.solver_options)
         if settings.solver == "anneal":
             options.setdefault("seed", int(torch.randint(2**31, (), generator=self.generator)))
         solution = solve(problem, settings.solver, **options)
-        return _Move(state, index_V, state.pruned_W[index_V], solution.pruned_V, solution.change)
+        return _Move(state, block.index_V, before_V, solution.pruned_V, solution.change)
 
     def _next_group(self) -> list[str] | None:
         """Sites of the next backward pass; None after the last."""

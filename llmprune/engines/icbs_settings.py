@@ -28,8 +28,10 @@ class RefineSettings:
         hessian: curvature of a block: the empirical Fisher matrix of N sequences, or the loss's own second derivatives.
         solver, solver_options: see :func:`llmprune.solvers.solve.solve`.
         layers_per_step: sites that share one backward pass, each with a block of its own; None is all.
-        adapt_ridge: double the ridge where the held-out loss falls by less than a tenth of what was predicted, halve it
-            again (not below ``ridge``) where the prediction holds or nothing moves; without held-out text it stays.
+        retries: how often a step that is undone is solved again, of the same gradients under the ridge it has raised.
+        adapt_ridge: double the ridge where the held-out loss falls by less than a tenth of what was predicted, four times
+            where it rises and the step is undone; halve it again (not below ``ridge``) where the prediction holds or
+            nothing moves; without held-out text it stays.
         tolerance: a step that raises the held-out loss by more than this fraction is undone; inf keeps every step.
         patience: stop when the held-out loss fell by less than ``min_gain`` (a fraction) in this many passes; None never.
         batch_size: sequences at once.
@@ -53,6 +55,7 @@ class RefineSettings:
     solver_options: Mapping[str, Any] = field(default_factory=dict)
     layers_per_step: int | None = 1
     adapt_ridge: bool = True
+    retries: int = 0
     tolerance: float = 0.0
     patience: int | None = None
     min_gain: float = 1e-3

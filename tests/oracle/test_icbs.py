@@ -328,10 +328,27 @@ def test_a_step_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> Non
     sites, _ = _pruned(untouched)
     assert [step.accepted for step in steps] == [True, False, False, False, False]
     assert {step.held_out for step in steps} == {1.0}
-    assert [step.ridge for step in steps[1:]] == [0.001, 0.002, 0.004, 0.008]
+    assert [step.ridge for step in steps[1:]] == [0.001, 0.004, 0.016, 0.064]
     assert len(sites) == 14
     for ours, theirs in zip(_sites(model), sites, strict=True):
         assert torch.equal(ours.weight_OI, theirs.weight_OI)
+
+
+def test_a_step_that_does_harm_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a larger ridge, of the same gradients, until it does none or the retries are used up."""
+    losses, passes = iter([1.0, 3.0, 2.0, 0.5, *[9.0] * 9]), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append(args)
+        return gather(*args, **kwargs)
+
+    monkeypatch.setattr(icbs, "mean_loss", lambda *_args, **_kwargs: next(losses))
+    monkeypatch.setattr(icbs, "gather", counted)
+    steps = _run(tiny.make_model(), retries=2, num_epochs=1, steps_per_epoch=2)
+    assert [step.accepted for step in steps] == [True, True, False]
+    assert [step.held_out for step in steps] == [1.0, 0.5, 0.5]
+    assert steps[1].ridge == 0.016 and steps[1].num_swaps > 0 and steps[1].predicted < 0
+    assert steps[2].num_swaps == 0 and len(passes) == 2
 
 
 def test_without_held_out_text_every_step_stays() -> None:
