@@ -168,7 +168,8 @@ class PruneConfig(BaseModel):
     model: str = Field(BUNDLED_MODEL, description="Hub ID or local directory; 'demo' is the bundled model.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     effort: EffortName | None = Field(
-        None, description="Preset of method, allocation and reconstruction: fast, balanced or best; fields given beside it win."
+        None,
+        description="Preset of method, permutation and reconstruction: fast, balanced or best; fields given beside it win.",
     )
     method: str = Field("wanda", description="Pruning method; see `llmprune methods`.")
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -516,4 +516,3 @@ def test_efforts(tiny_model_dir: Path, texts: Texts, effort: str) -> None:
     assert report.config.effort == effort
     assert report.config.method == EFFORTS[effort].fields["method"]
     assert all(bool(block.reconstruction) == (effort != "fast") for block in report.blocks)
-    assert (report.allocation is not None) == (effort == "best")

@@ -256,7 +256,7 @@ def test_an_effort_sets_what_is_not_given(name: str, pattern: str) -> None:
 def test_another_effort_or_pattern_replaces_the_fields_of_the_first() -> None:
     """A preset leaves nothing behind; what the user gave stays."""
     best = PruneConfig.build(effort="best", seed=3)
-    assert best.allocation == "dp"
+    assert best.reconstruct_rounds == 3 and not best.permute
     assert PruneConfig.build(best, effort="fast") == PruneConfig.build(effort="fast", seed=3)
     assert PruneConfig.build(best, pattern="2:4") == PruneConfig.build(effort="best", seed=3, pattern="2:4")
     assert PruneConfig.build(best, seed=4) == PruneConfig.build(effort="best", seed=4)
