@@ -60,6 +60,7 @@ def bars(results: Results) -> list[Bar]:
         for variant in VARIANTS.values()
         if variant.name.endswith(RECONSTRUCTED)
     ]
+    tuned.append(("balanced", "alps", VARIANTS["balanced"].targets))
     shared = [
         (f"{method}+{allocation}", method, ("70 %",)) for allocation in ("dp", "evolution") for method in ("wanda", "sparsegpt")
     ]

@@ -90,7 +90,7 @@ _TABLE = (
     *(Variant(method.name, _family(method), {"method": method.name}) for method in METHODS.values()),
     *(
         Variant(f"{method}+reconstruct", "reconstruct", {"method": method, "reconstruct": True}, ("60 %", "2:4"))
-        for method in ("magnitude", "wanda", "sparsegpt", "alps")
+        for method in ("magnitude", "wanda", "sparsegpt")
     ),
     *(
         Variant(f"{method}+permute", "permute", {"method": method, "permute": True}, ("2:4",))

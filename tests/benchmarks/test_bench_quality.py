@@ -146,11 +146,12 @@ BARS: dict[str, tuple[Gaps, tuple[str, str], float]] = {
     "Reconstruction": (
         {
             (method + tuned, target): gap
-            for method in ("magnitude", "wanda", "sparsegpt", "alps")
+            for method in ("magnitude", "wanda", "sparsegpt")
             for target in TARGETS
             for tuned, gap in (("", 0.4), ("+reconstruct", 0.2))
-        },
-        ("alps+reconstruct", "2:4"), 0.5,
+        }
+        | {(name, target): gap for target in ("60 %", "2:4") for name, gap in (("alps", 0.4), ("balanced", 0.2))},
+        ("sparsegpt+reconstruct", "2:4"), 0.5,
     ),
     "dp and evolution": (
         {
