@@ -8,12 +8,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune import memory
@@ -35,8 +34,7 @@ from llmprune.io.models import Source, known_revision, load_model, load_tokenize
 from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
 from llmprune.measure.benchmark import benchmark_models
 from llmprune.measure.dispatch import dispatched
-from llmprune.measure.latency import DENSE_NOTE, measure_speed
-from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
+from llmprune.measure.latency import DENSE_NOTE
 from llmprune.methods import get_method, method_of
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
 from llmprune.refining import Refining, check_refinement, copy_weights, put_back, tuned_report
@@ -52,6 +50,7 @@ from llmprune.report import (
     Speed,
     StageReport,
 )
+from llmprune.scoring import Scores, Scoring
 from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
 from llmprune.stages import StageClock
 from llmprune.walking import JournaledWalk, record_batches
@@ -59,6 +58,7 @@ from llmprune.walking import JournaledWalk, record_batches
 _E = TypeVar("_E", bound=Event)
 
 _DENSE = "dense"
+_HIDDEN = "hidden.safetensors"
 _ALLOCATION = "allocation"
 _TUNED = "tuned"
 
@@ -234,29 +234,29 @@ class Job:
 
     def _measure_dense(self) -> Iterator[Event]:
         clock = self._clock("dense")
-        total = self._num_windows()
+        scoring = self._scoring()
         if self.journal and self.journal.has(_DENSE):
-            yield clock.started(total, resumed_at=total)
-            data = self.journal.read(_DENSE, ["hidden.safetensors"])
-            self.dense = [Quality.model_validate(item) for item in data["quality"]]
-            self.dense_speed = tuple(Speed.model_validate(item) for item in data["speed"])
+            yield clock.started(scoring.num_windows, resumed_at=scoring.num_windows)
+            data = self.journal.read(_DENSE, [_HIDDEN])
+            self.dense = Scores(
+                tuple(Quality.model_validate(item) for item in data["quality"]),
+                tuple(Speed.model_validate(item) for item in data["speed"]),
+            )
             yield clock.finished(data["seconds"])
             return
-        yield clock.started(total)
-        quality, self.dense_speed, hidden = yield from self._measure("dense", None)
-        self.dense = quality
+        yield clock.started(scoring.num_windows)
+        self.dense = yield from scoring.run("dense")
         if self.journal:
             self.journal.write(
                 _DENSE,
                 {
-                    "quality": [item.model_dump(mode="json") for item in quality],
-                    "speed": [item.model_dump(mode="json") for item in self.dense_speed],
+                    "quality": [item.model_dump(mode="json") for item in self.dense.quality],
+                    "speed": [item.model_dump(mode="json") for item in self.dense.speed],
                     "seconds": clock.seconds,
                 },
-                {"hidden.safetensors": hidden},
+                {_HIDDEN: dict(self.dense.hidden)},
             )
-        else:
-            self.dense_hidden = hidden
+            self.dense = replace(self.dense, hidden={})  # read again, from the disk, when they are wanted
         yield clock.finished()
 
     def _allocate(self) -> Iterator[Event]:
@@ -347,10 +347,10 @@ class Job:
 
     def _measure_pruned(self) -> Iterator[Event]:
         clock = self._clock("pruned")
-        yield clock.started(self._num_windows())
-        hidden = self.journal.tensors(_DENSE, "hidden.safetensors") if self.journal else self.dense_hidden
-        quality, self.pruned_speed, _ = yield from self._measure("pruned", hidden)
-        self.quality = tuple(quality)
+        scoring = self._scoring()
+        yield clock.started(scoring.num_windows)
+        dense = replace(self.dense, hidden=self.journal.tensors(_DENSE, _HIDDEN)) if self.journal else self.dense
+        self.pruned = yield from scoring.run("pruned", dense)
         yield clock.finished()
 
     def _benchmark(self) -> Iterator[Event]:
@@ -418,45 +418,17 @@ class Job:
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
-    def _measure(
-        self, stage: Stage, dense_hidden: dict[str, Tensor] | None
-    ) -> Generator[Event, None, tuple[list[Quality], tuple[Speed, ...], dict[str, Tensor]]]:
-        """Score every text and time the model; returns qualities, speeds and the head's inputs by text and batch."""
+    def _scoring(self) -> Scoring:
         assert self.model is not None
-        total, offset = self._num_windows(), 0
-        qualities: list[Quality] = []
-        kept: dict[str, Tensor] = {}
-        speeds: tuple[Speed, ...] = ()
-        with dispatched(self.model, self.device):
-            for number, text in enumerate(self.texts):
-                keep: list[Tensor] | None = [] if dense_hidden is None else None
-                dense = None if dense_hidden is None else self._reference(dense_hidden, number)
-                scoring = score_text(self.model, text.ids_NS, dense=dense, keep=keep)
-                scores = yield from as_events(scoring, stage, text.report.source, offset=offset, total=total)
-                offset += len(text.ids_NS)
-                if keep is not None:
-                    kept |= {f"{number:03d}.{batch:06d}": tensor for batch, tensor in enumerate(keep)}
-                    measured = Quality(text=text.report, perplexity_dense=scores.perplexity, seconds_dense=scores.seconds)
-                else:
-                    measured = against(self.dense[number], scores)
-                qualities.append(measured)
-            if self.config.latency:
-                yield Progress(stage=stage, done=total, total=total, detail="latency")
-                speeds = measure_speed(self.model, self.calibration.ids_NS[:1])
-        return qualities, speeds, kept
-
-    def _reference(self, dense_hidden: dict[str, Tensor], number: int) -> Reference:
-        """The dense model's logits on text ``number``, from its stored final hidden states."""
-        model = self.model
-        assert model is not None
-        return lambda batch, ids_NS: replay_head(model, self.stack, ids_NS, dense_hidden[f"{number:03d}.{batch:06d}"])
+        prompt_1S = self.calibration.ids_NS[:1] if self.config.latency else None
+        return Scoring(self.model, self.stack, self.texts, self.device, prompt_1S)
 
     def _report(self, checkpoint_bytes: int | None) -> Report:
         assert self.model is not None
         latency = None
         if self.config.latency:
             latency = Latency(
-                device=device_name(self.device), dense=self.dense_speed, pruned=self.pruned_speed, note=DENSE_NOTE
+                device=device_name(self.device), dense=self.dense.speed, pruned=self.pruned.speed, note=DENSE_NOTE
             )
         return Report(
             config=self.config,
@@ -468,7 +440,7 @@ class Job:
             allocation=self.allocation,
             refinement=self.refinement,
             blocks=tuple(self.blocks),
-            quality=self.quality,
+            quality=self.pruned.quality,
             latency=latency,
             stages=tuple(self.stages),
             num_zeros_model=sum(int((parameter == 0).sum()) for parameter in self.model.parameters()),
@@ -528,9 +500,6 @@ class Job:
             f"rank, and damping ({self.config.damping:g} of its mean diagonal) decides the rest. Use more --num-samples, or a "
             "longer --seq-len."
         )
-
-    def _num_windows(self) -> int:
-        return sum(len(text.ids_NS) for text in self.texts)
 
     def _sites(self) -> list[Site]:
         """All that are pruned."""

@@ -1,0 +1,85 @@
+"""The stages ``dense`` and ``pruned``: perplexity of every text, divergence from the dense model, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmprune.anatomy.blocks import Stack
+from llmprune.events import Event, Progress, Stage
+from llmprune.io.text import TokenSet
+from llmprune.measure.dispatch import dispatched
+from llmprune.measure.latency import measure_speed
+from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
+from llmprune.report import Quality, Speed
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one stage measured.
+
+    Attributes:
+        quality: one for each text.
+        speed: empty where none was asked for.
+        hidden: of the dense model the head's inputs [N, S, H], by text and batch: its logits, at a fraction of their size.
+    """
+
+    quality: tuple[Quality, ...]
+    speed: tuple[Speed, ...]
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a job measures its model; S tokens a sequence.
+
+    Attributes:
+        texts: to evaluate on.
+        prompt_1S: what speed is measured with; None measures none.
+    """
+
+    model: PreTrainedModel
+    stack: Stack
+    texts: Sequence[TokenSet]
+    device: torch.device
+    prompt_1S: Tensor | None
+
+    @property
+    def num_windows(self) -> int:
+        """Steps of a stage."""
+        return sum(len(text.ids_NS) for text in self.texts)
+
+    def run(self, stage: Stage, dense: Scores | None = None) -> Generator[Event, None, Scores]:
+        """Measure the model as it is; against the dense one where its scores are given. Progress of the stage."""
+        offset = 0
+        quality: list[Quality] = []
+        hidden: dict[str, Tensor] = {}
+        speed: tuple[Speed, ...] = ()
+        with dispatched(self.model, self.device):
+            for number, text in enumerate(self.texts):
+                keep: list[Tensor] | None = None if dense else []
+                reference = self._reference(dense.hidden, number) if dense else None
+                scoring = score_text(self.model, text.ids_NS, dense=reference, keep=keep)
+                scores = yield from as_events(scoring, stage, text.report.source, offset=offset, total=self.num_windows)
+                offset += len(text.ids_NS)
+                hidden |= {_key(number, batch): tensor for batch, tensor in enumerate(keep or ())}
+                if dense:
+                    quality.append(against(dense.quality[number], scores))
+                else:
+                    quality.append(Quality(text=text.report, perplexity_dense=scores.perplexity, seconds_dense=scores.seconds))
+            if self.prompt_1S is not None:
+                yield Progress(stage=stage, done=self.num_windows, total=self.num_windows, detail="latency")
+                speed = measure_speed(self.model, self.prompt_1S)
+        return Scores(tuple(quality), speed, hidden)
+
+    def _reference(self, hidden: Mapping[str, Tensor], number: int) -> Reference:
+        """The dense model's logits on text ``number``, from its final hidden states."""
+        return lambda batch, ids_NS: replay_head(self.model, self.stack, ids_NS, hidden[_key(number, batch)])
+
+
+def _key(number: int, batch: int) -> str:
+    return f"{number:03d}.{batch:06d}"
