@@ -32,6 +32,7 @@ from llmprune.io.render import (
     percent,
     permutation_line,
     rate,
+    recipe,
     reconstruction_line,
     size,
     target_percent,
@@ -67,7 +68,7 @@ def print_report(report: Report, console: Console) -> None:
     """Print verdict, quality, sparsity, speed and stages; fits 80 columns."""
     word, sentence = verdict_parts(report.verdict)
     config = report.config
-    title = f"{report.model.name}: {config.method}, {config.pattern}, target {target_percent(config.sparsity)}"
+    title = f"{report.model.name}: {recipe(config)}, {config.pattern}, target {target_percent(config.sparsity)}"
     console.print(Text(printable(title), style="bold"))
     console.print(Text.assemble((word, STYLES[report.verdict.status]), ". ", printable(sentence)))
     if report.quality:

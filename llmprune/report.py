@@ -335,11 +335,14 @@ class Report(Part):
     @property
     def verdict(self) -> Verdict:
         """The verdict on the worst evaluated text."""
-        return judge(self.quality)
+        return judge(self.quality, is_tuned=self.config.reconstruct)
 
 
-def judge(quality: tuple[Quality, ...]) -> Verdict:
-    """Broken above 2x the dense perplexity (or if it is not finite), degraded above 1.1x, good below."""
+def judge(quality: tuple[Quality, ...], *, is_tuned: bool) -> Verdict:
+    """Broken above 2x the dense perplexity (or if it is not finite), degraded above 1.1x, good below.
+
+    What was reconstructed already is not told to be.
+    """
     measured = [(item.ratio, item) for item in quality if item.ratio is not None]
     if not measured:
         return Verdict(status="unmeasured", text="No text was evaluated: the quality of this checkpoint is unknown.")
@@ -353,7 +356,7 @@ def judge(quality: tuple[Quality, ...]) -> Verdict:
     where = f"on {worst.text.source} at seq_len {worst.text.seq_len}"
     change = f"perplexity {worst.perplexity_dense:.2f} -> {worst.perplexity_pruned:.2f} ({ratio:.2f}x) {where}"
     if ratio > BROKEN_RATIO:
-        remedy = "Lower the sparsity, or use sparsegpt."
+        remedy = "Lower the sparsity." if is_tuned else "Lower the sparsity, or use --effort best."
         return Verdict(status="broken", text=f"Broken: {change}, more than {BROKEN_RATIO:g}x the dense model's. {remedy}")
     if ratio > DEGRADED_RATIO:
         return Verdict(status="degraded", text=f"Degraded but usable: {change}. Check it on your own task before use.")

@@ -130,6 +130,18 @@ def _flag(name: str, value: Any) -> list[str]:
     return [word for item in values for word in (f"--{dashed}", str(item))]
 
 
+def recipe(config: PruneConfig) -> str:
+    """What was done in a few words: the method and what came with it, such as ``alps + permute + reconstruct``."""
+    parts = [
+        config.method,
+        "" if config.allocation == "uniform" else config.allocation,
+        "permute" if config.permute else "",
+        "" if config.refine == "none" else config.refine,
+        "reconstruct" if config.reconstruct else "",
+    ]
+    return " + ".join(filter(None, parts))
+
+
 def reconstruction_line(report: Report) -> str | None:
     """What reconstruction gained and cost, over all blocks; None without one."""
     done = [block.reconstruction for block in report.blocks if block.reconstruction]
@@ -446,8 +458,8 @@ def quoted(value: str) -> str:
 
 
 _FILTERS: tuple[Callable[..., Any], ...] = (
-    percent, target_percent, number, times, small, rate, brief, count, duration, size, last_part, markdown, code, code_block,
-    quoted, how_measured, capitalized,
+    percent, target_percent, recipe, number, times, small, rate, brief, count, duration, size, last_part, markdown, code,
+    code_block, quoted, how_measured, capitalized,
 )  # fmt: skip
 
 

@@ -516,3 +516,14 @@ def test_efforts(tiny_model_dir: Path, texts: Texts, effort: str) -> None:
     assert report.config.effort == effort
     assert report.config.method == EFFORTS[effort].fields["method"]
     assert all(bool(block.reconstruction) == (effort != "fast") for block in report.blocks)
+
+
+def test_permuted_models_pack(tiny_model_dir: Path, texts: Texts, tmp_path: Path) -> None:
+    """Channels in another order are consecutive in what is written: every matrix packs, and loads as what was measured."""
+    out = tmp_path / "out"
+    report = llmprune.prune(tiny_model_dir, out=out, pattern="2:4", permute=True, export="packed", **texts)
+    moved = [permutation for block in report.blocks for permutation in block.permutations if not permutation.reason]
+    assert moved and any(permutation.kept_after > permutation.kept_before for permutation in moved)
+    assert report.packed is not None and report.packed.num_sites == report.num_sites
+    again = llmprune.evaluate(out, **{name: texts[name] for name in ("eval", "seq_len", "max_eval_tokens", "latency")})
+    assert again.quality[0].perplexity_pruned == pytest.approx(report.quality[0].perplexity_pruned, rel=1e-4)

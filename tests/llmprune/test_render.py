@@ -25,6 +25,7 @@ from llmprune.io.render import (
     number,
     percent,
     rate,
+    recipe,
     render_card,
     render_html,
     size,
@@ -537,3 +538,27 @@ def test_unescaped_page_keeps_the_command_whole() -> None:
     match = re.search(r"<pre>(.*?)</pre>", render_html(report), re.DOTALL)
     assert match is not None
     assert unescape(match[1]) == command_line(report.config, report.out)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "wanda"),
+        ({"method": "icbs", "reconstruct": True}, "wanda + icbs + reconstruct"),
+        ({"method": "alps", "allocation": "dp"}, "alps + dp"),
+        ({"effort": "best", "pattern": "2:4"}, "alps + permute + reconstruct"),
+    ],
+)
+def test_a_recipe_names_what_was_done(fields: dict[str, Any], words: str) -> None:
+    """The method first, then what came with it, in the order it happens."""
+    assert recipe(PruneConfig.build(**fields)) == words
+
+
+@pytest.mark.parametrize(("fields", "is_told"), [({}, True), ({"effort": "balanced"}, False)])
+def test_a_broken_model_is_told_what_helps(fields: dict[str, Any], is_told: bool) -> None:
+    """The preset, unless the job has reconstructed already."""
+    [quality, *_] = sample_report().quality
+    broken = quality.model_copy(update={"perplexity_dense": 10.0, "perplexity_pruned": 50.0})
+    verdict = sample_report().model_copy(update={"quality": (broken,), "config": PruneConfig.build(**fields)}).verdict
+    assert verdict.status == "broken" and "Lower the sparsity" in verdict.text
+    assert ("--effort best" in verdict.text) == is_told
