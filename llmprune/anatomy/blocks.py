@@ -22,7 +22,8 @@ from llmprune.anatomy.sites import Site, find_sites, never_pruned
 from llmprune.anatomy.watch import Watcher, orient
 from llmprune.errors import UnsupportedModel
 
-_HIDDEN = ("hidden_states", "x", "hidden")
+HIDDEN = ("hidden_states", "x", "hidden")
+"""Keywords by which blocks and their modules are handed the hidden state, where it is not the first argument."""
 _TOWER = re.compile(r"vision|visual|image|audio|speech|encoder\.(?!layer)", re.IGNORECASE)
 _MIN_REACH = 0.99
 
@@ -282,11 +283,11 @@ def _record_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, T
     kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
     if args and isinstance(args[0], Tensor):
         return Call(args[1:], kwargs, None), args[0]
-    for key in _HIDDEN:
+    for key in HIDDEN:
         if isinstance(kwargs.get(key), Tensor):
             return Call(args, {name: value for name, value in kwargs.items() if name != key}, key), kwargs[key]
     raise UnsupportedModel(
-        f"a block is called without a hidden state: looked for a first positional tensor or a keyword of {_HIDDEN}, "
+        f"a block is called without a hidden state: looked for a first positional tensor or a keyword of {HIDDEN}, "
         f"found {[type(value).__name__ for value in args]} and {sorted(kwargs)}."
     )
 

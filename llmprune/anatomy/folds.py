@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmprune.anatomy.sites import Site
 
-_VALUE = re.compile(r"^(w?v|v_?proj|v_lin|value|v_layer)$")
+VALUE = re.compile(r"^(w?v|v_?proj|v_lin|value|v_layer)$")
 _FUSED = re.compile(r"^w?qkv(_?proj)?$|^query_key_value$|^c_attn$|^w_?pack$", re.IGNORECASE)
 _HEAD_DIM = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "d_head")
 
@@ -81,7 +81,7 @@ def suggest(block: nn.Module, path: str, sites: Sequence[Site], inputs: Mapping[
             by_parent.setdefault(site.name.rpartition(".")[0], []).append(site)
     folds = {}
     for parent, siblings in by_parent.items():
-        size = _head_dim(block.get_submodule(parent.removeprefix(path).removeprefix(".")))
+        size = value_head_dim(block.get_submodule(parent.removeprefix(path).removeprefix(".")))
         for consumer in siblings:
             feeding = [
                 site
@@ -95,7 +95,7 @@ def suggest(block: nn.Module, path: str, sites: Sequence[Site], inputs: Mapping[
 
 def _suggest(consumer: Site, feeding: Sequence[Site], head_dim: int) -> Iterator[Fold]:
     width = consumer.shape[1]
-    values = [site for site in feeding if _VALUE.match(_leaf(site))]
+    values = [site for site in feeding if VALUE.match(_leaf(site))]
     fused = [site for site in feeding if _FUSED.match(_leaf(site))]
     if values or fused:
         if head_dim and width % head_dim == 0:
@@ -131,8 +131,8 @@ def _heads(consumer: Site, producer: Site, rows_PC: Tensor) -> Fold:
     return Fold(consumer, columns_PUC, ((producer, rows_PC[:, None]),))
 
 
-def _head_dim(module: nn.Module) -> int:
-    """What an attention module says a head's size is; 0 for other modules."""
+def value_head_dim(module: nn.Module) -> int:
+    """What an attention module says the size of a head's values is; 0 for other modules."""
     return next((size for name in _HEAD_DIM if isinstance(size := getattr(module, name, None), int)), 0)
 
 

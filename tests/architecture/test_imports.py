@@ -14,8 +14,9 @@ LIBRARY = ROOT / "llmprune"
 # Rank of each module or folder; a module may import what ranks lower, or its own folder.
 RANKS = {
     "_version": 0, "efforts": 0, "errors": 0, "registration": 0, "spec": 1, "speed": 1, "pruning": 2, "report": 3, "events": 4,
-    "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "structured": 5, "stats": 5, "devices": 5, "solvers": 5,
-    "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "engines": 8, "measure": 9, "io": 9,
+    "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "stats": 5, "devices": 5, "solvers": 5,
+    "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "structured": 7,
+    "engines": 8, "measure": 9, "io": 9,
     "speed_tables": 10, "console": 11, "tables": 12,
     "conversion": 10, "description": 10, "loading": 10,
     "allocation": 11, "scoring": 11, "refining": 11, "walking": 11, "job": 12,

@@ -1,0 +1,275 @@
+"""Slicing: groups really leave a model, and what is left is checked against the same model with zeros in their place.
+
+A cut says which groups of a module stay. :func:`mask_` writes zeros, :func:`slice_` makes the matrices smaller, and
+:func:`slice_model_` does one after the other and compares. Where all layers are cut to the same widths the config can say so
+(:mod:`llmprune.structured.widths`), and the checkpoint is one for the stock class; else the model works as it lies in
+memory.
+
+O out, I in features; K columns kept, G groups kept, S sequence, N sequences, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from llmprune.anatomy.blocks import HIDDEN
+from llmprune.anatomy.sites import Site
+from llmprune.errors import UnsupportedModel
+from llmprune.structured.path import columns_of
+from llmprune.structured.units import HEAD_COUNTS, KV_HEAD_COUNTS, Module
+from llmprune.structured.widths import FFN_WIDTHS, fields_of
+
+_ROUNDINGS = 4  # of the dtype, that a sum over fewer columns may differ by
+_LEAST = {torch.float64: 1e-10, torch.float32: 1e-5}
+_FAILURES = (AttributeError, IndexError, TypeError, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays of a module.
+
+    Attributes:
+        kept_G: indices of the groups, rising, int64; none of them takes the whole module out.
+        weight_OK: the consumer's weights for their columns, or None for those it has.
+    """
+
+    kept_G: Tensor
+    weight_OK: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the modules of a masked model were given and put out on a batch of tokens, by name."""
+
+    input_ids_NS: Tensor
+    hidden: dict[str, Tensor]
+    outputs: dict[str, Any]
+
+
+class NoAttention(nn.Module):
+    """An attention without heads: it adds nothing but the bias of its output projection.
+
+    A KV cache counts its tokens by what the layers put into it, the first above all, so this one puts in a single zero a token.
+    """
+
+    def __init__(self, bias_O: nn.Parameter | None, layer_idx: int | None) -> None:
+        super().__init__()
+        self.bias, self.layer_idx = bias_O, layer_idx
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Zeros, or the bias, in the shape of the hidden state; no attention weights."""
+        hidden_NSH = _hidden(args, kwargs)
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None and self.layer_idx is not None:
+            zero = hidden_NSH.new_zeros(hidden_NSH.shape[0], 1, hidden_NSH.shape[1], 1)
+            cache.update(zero, zero, self.layer_idx)
+        return _constant(hidden_NSH, self.bias), None
+
+
+class NoFFN(nn.Module):
+    """An FFN without channels: it adds nothing but the bias of its down projection."""
+
+    def __init__(self, bias_O: nn.Parameter | None) -> None:
+        super().__init__()
+        self.bias = bias_O
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Zeros, or the bias, in the shape of the hidden state."""
+        return _constant(_hidden(args, kwargs), self.bias)
+
+
+@torch.no_grad()
+def mask_(module: Module, cut: Cut) -> None:
+    """Write zeros into the consumer's columns of the groups that go, and its new weights; no shape changes."""
+    weight_OI = module.consumer.weight_OI
+    columns_K = _kept_columns(module, cut).to(weight_OI.device)
+    kept_OK = weight_OI[:, columns_K] if cut.weight_OK is None else cut.weight_OK.to(weight_OI)
+    weight_OI.zero_()
+    weight_OI[:, columns_K] = kept_OK
+
+
+@torch.no_grad()
+def slice_(model: PreTrainedModel, module: Module, cut: Cut) -> None:
+    """Take the other groups out of every matrix of the module, and out of what the module knows of its widths.
+
+    The model then computes what it would with zeros in their place; its config still says the old widths. A module of which
+    nothing stays is replaced by :class:`NoAttention` or :class:`NoFFN`. ``module`` no longer describes the model.
+    """
+    columns_K = _kept_columns(module, cut)
+    owner = model.get_submodule(module.name)
+    if not len(cut.kept_G):
+        bias_O = module.consumer.module.bias
+        assert bias_O is None or isinstance(bias_O, nn.Parameter)
+        layer_idx = getattr(owner, "layer_idx", None)
+        model.set_submodule(module.name, NoAttention(bias_O, layer_idx) if module.kind == "attention" else NoFFN(bias_O))
+        return
+    weight_OI = module.consumer.weight_OI
+    kept_OK = weight_OI[:, columns_K.to(weight_OI.device)] if cut.weight_OK is None else cut.weight_OK.to(weight_OI)
+    _set_weight_(module.consumer, kept_OK)
+    for part in module.producers:
+        _keep_rows_(part.site, part.rows_GR[cut.kept_G].reshape(-1).sort().values)
+    _recount_(owner, module, len(cut.kept_G))
+
+
+def slice_model_(model: PreTrainedModel, modules: Sequence[Module], cuts: Mapping[str, Cut], input_ids_NS: Tensor) -> None:
+    """Slice every module that has a cut, and check the model against its masked self on a batch of tokens.
+
+    Raises:
+        UnsupportedModel: they differ; the model in memory is then of no use.
+    """
+    chosen = [module for module in modules if module.name in cuts]
+    for module in chosen:
+        mask_(module, cuts[module.name])
+    reference = record_masked(model, chosen, input_ids_NS)
+    for module in chosen:
+        slice_(model, module, Cut(cuts[module.name].kept_G))
+    check_sliced(model, reference)
+
+
+@torch.no_grad()
+def record_masked(model: PreTrainedModel, modules: Iterable[Module], input_ids_NS: Tensor) -> Reference:
+    """Run a masked model and keep what :func:`check_sliced` compares a sliced one with."""
+    reference = Reference(input_ids_NS, {}, {})
+
+    def before(name: str, args: Any, kwargs: Any) -> None:
+        reference.hidden[name] = _hidden(args, kwargs).clone()
+
+    with _hooked(model, [module.name for module in modules], before, reference.outputs.__setitem__):
+        model(input_ids=input_ids_NS, use_cache=False)
+    return reference
+
+
+@torch.no_grad()
+def check_sliced(model: PreTrainedModel, reference: Reference) -> None:
+    """Compare every module of a sliced model with the masked one: given the same hidden state it must put out the same, to
+    1e-10 in fp64, 1e-5 in fp32 and four roundings in 16 bits, as norms over the batch.
+
+    Raises:
+        UnsupportedModel: a module differs, or does not run; names it.
+    """
+    current = "the model"
+
+    def before(name: str, args: Any, kwargs: Any) -> Any:
+        nonlocal current
+        current = name
+        hidden_NSH = reference.hidden[name]  # so that a difference is the module's own
+        if args and isinstance(args[0], Tensor):
+            return (hidden_NSH, *args[1:]), kwargs
+        key = next(key for key in HIDDEN if key in kwargs)
+        return args, {**kwargs, key: hidden_NSH}
+
+    def after(name: str, output: Any) -> None:
+        nonlocal current
+        ours_NSH, theirs_NSH = _first(output), _first(reference.outputs[name])
+        allowed = _LEAST.get(theirs_NSH.dtype, _ROUNDINGS * torch.finfo(theirs_NSH.dtype).eps)
+        scale = theirs_NSH.double().norm().clamp(min=torch.finfo(torch.float32).tiny)
+        if type(output) is not type(reference.outputs[name]) or ours_NSH.shape != theirs_NSH.shape:
+            raise _differs(name, "something of another shape")
+        error = float((ours_NSH.double() - theirs_NSH.double()).norm() / scale)
+        if not error <= allowed:
+            raise _differs(name, f"values that are {error:.1e} away, where {allowed:.1e} is rounding")
+        current = f"what follows {name}"
+
+    with _hooked(model, reference.outputs, before, after):
+        try:
+            model(input_ids=reference.input_ids_NS, use_cache=False)
+        except _FAILURES as error:
+            raise UnsupportedModel(
+                f"{current} does not run once groups are taken out ({error}); nothing can be sliced."
+            ) from error
+
+
+def _recount_(owner: nn.Module, module: Module, kept: int) -> None:
+    """Bring what a module remembers of its widths up to date; heads per key-value head stay as they are."""
+    if module.kind == "ffn":
+        _replace_(owner, FFN_WIDTHS, module.num_groups, kept)
+        return
+    num_heads = module.num_groups * module.num_query_heads
+    _replace_(owner, HEAD_COUNTS, num_heads, kept * module.num_query_heads)
+    _replace_(owner, KV_HEAD_COUNTS, module.num_groups, kept)
+    if module.fused:  # queries, keys and values are told apart by the head counts of the config
+        config = copy.copy(owner.config)
+        assert isinstance(config, PreTrainedConfig)
+        for field, value in fields_of(config, module, kept).items():
+            setattr(config, field, value)
+        owner.config = config  # of its own, as layers may differ
+
+
+def _replace_(owner: nn.Module, names: Sequence[str], before: int, after: int) -> None:
+    for name in names:
+        if getattr(owner, name, None) == before:
+            setattr(owner, name, after)
+
+
+def _kept_columns(module: Module, cut: Cut) -> Tensor:
+    kept = cut.kept_G.tolist()
+    assert kept == sorted(set(kept)) and all(0 <= group < module.num_groups for group in kept), "groups of the module, rising"
+    columns_K = columns_of(cut.kept_G.cpu(), module.group_size)
+    assert cut.weight_OK is None or cut.weight_OK.shape == (module.consumer.shape[0], len(columns_K)), "weights of the columns"
+    return columns_K
+
+
+def _set_weight_(site: Site, weight_OI: Tensor) -> None:
+    linear = site.module
+    assert isinstance(linear, nn.Linear)
+    linear.weight = nn.Parameter(weight_OI.clone(memory_format=torch.contiguous_format), linear.weight.requires_grad)
+    linear.out_features, linear.in_features = weight_OI.shape
+
+
+def _keep_rows_(site: Site, rows_R: Tensor) -> None:
+    bias_O = site.module.bias
+    weight_OI = site.weight_OI
+    rows_R = rows_R.to(weight_OI.device)
+    _set_weight_(site, weight_OI[rows_R])
+    if isinstance(bias_O, nn.Parameter):
+        site.module.bias = nn.Parameter(bias_O.detach()[rows_R].clone(), bias_O.requires_grad)
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, names: Iterable[str], before: Any, after: Any) -> Iterator[None]:
+    """While active ``before(name, args, kwargs)`` runs before each module, ``after(name, output)`` after it."""
+    with ExitStack() as handles:
+        for name in names:
+            owner = model.get_submodule(name)
+            pre = owner.register_forward_pre_hook(
+                lambda _module, args, kwargs, name=name: before(name, args, kwargs), with_kwargs=True
+            )
+            post = owner.register_forward_hook(lambda _module, _args, output, name=name: after(name, output))
+            handles.callback(pre.remove)
+            handles.callback(post.remove)
+        yield
+
+
+def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    found = args[0] if args else next((kwargs[key] for key in HIDDEN if key in kwargs), None)
+    if not isinstance(found, Tensor):
+        raise UnsupportedModel(
+            f"a module is called without a hidden state: looked for a first argument or a keyword of {HIDDEN}."
+        )
+    return found
+
+
+def _first(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _constant(hidden_NSH: Tensor, bias_O: Tensor | None) -> Tensor:
+    zero_NSH = torch.zeros_like(hidden_NSH)
+    return zero_NSH if bias_O is None else zero_NSH + bias_O
+
+
+def _differs(name: str, what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{name} puts out {what} once groups are taken out rather than zeroed: what depends on its widths is not understood, "
+        "and the model cannot be sliced."
+    )
