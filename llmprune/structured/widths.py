@@ -99,7 +99,7 @@ def describe_(model: PreTrainedModel, modules: Sequence[Module], fields: Mapping
 
 
 def fields_of(text: PreTrainedConfig, module: Module, kept: int) -> dict[str, int]:
-    """The fields that say what one module is with ``kept`` of its groups; head_dim is said, as it no longer follows from others.
+    """The fields that say what one module is with ``kept`` of its groups; head_dim too, as it no longer follows from others.
 
     Raises:
         UnsupportedModel: there is no field for its channels.

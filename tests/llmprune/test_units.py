@@ -9,8 +9,13 @@ from torch import nn
 from families import FAMILIES, tiny_model
 from llmprune.anatomy.blocks import find_stack
 from llmprune.errors import UnsupportedModel
+from llmprune.structured.slicing import Cut, slice_model_
 from llmprune.structured.units import Units, find_units
 from tiny import make_model
+
+
+UNDERSTOOD = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm4", "granite", "cohere2",
+              "starcoder2", "smollm3", "stablelm", "olmo", "nemotron", "exaone4", "seed_oss", "ministral3"}  # fmt: skip
 
 
 def _units(model_type: str, **changes: object) -> Units:
@@ -105,17 +110,21 @@ def test_a_module_of_other_heads_than_its_shapes_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_every_family_is_understood_or_refused(model_type: str) -> None:
-    """No other error, and every row and column of an understood module is in exactly one group."""
+def test_every_family_is_sliced_right_or_refused(model_type: str) -> None:
+    """No other error; every row and column of a module is in exactly one group, and its masked self agrees with it sliced."""
     model = tiny_model(model_type)
     try:
-        units = find_units(model, find_stack(model))
+        modules = find_units(model, find_stack(model)).modules
     except UnsupportedModel as error:
         assert "Choose another pattern" in str(error)
+        assert model_type not in UNDERSTOOD
         return
-    assert units.modules
-    for module in units.modules:
+    assert modules
+    for module in modules:
         assert module.num_groups * module.group_size == module.consumer.shape[1]
         for part in module.producers:
             assert part.rows_GR.reshape(-1).sort().values.equal(torch.arange(part.site.shape[0]))
             assert len(part.rows_GR) == module.num_groups
+    cuts = {module.name: Cut(torch.arange(module.block % 2, module.num_groups, 2)) for module in modules}
+    slice_model_(model, modules, cuts, torch.arange(3, 35).view(2, 16))
+    assert all(module.consumer.shape[1] == module.num_groups * module.group_size // 2 for module in modules)
