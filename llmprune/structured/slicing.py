@@ -136,14 +136,22 @@ def slice_model_(model: PreTrainedModel, modules: Sequence[Module], cuts: Mappin
 
 @torch.no_grad()
 def record_masked(model: PreTrainedModel, modules: Iterable[Module], input_ids_NS: Tensor) -> Reference:
-    """Run a masked model and keep what :func:`check_sliced` compares a sliced one with."""
+    """Run a masked model and keep what :func:`check_sliced` compares a sliced one with.
+
+    Raises:
+        UnsupportedModel: a module is not called, so that nothing could be compared; names it.
+    """
     reference = Reference(input_ids_NS, {}, {})
+    names = [module.name for module in modules]
 
     def before(name: str, args: Any, kwargs: Any) -> None:
         reference.hidden[name] = _hidden(args, kwargs).clone()
 
-    with _hooked(model, [module.name for module in modules], before, reference.outputs.__setitem__):
+    with _hooked(model, names, before, reference.outputs.__setitem__):
         model(input_ids=input_ids_NS, use_cache=False)
+    for name in names:
+        if name not in reference.outputs:
+            raise UnsupportedModel(f"{name} is not called in a forward: without its output it cannot be sliced and checked.")
     return reference
 
 

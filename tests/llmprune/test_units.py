@@ -13,9 +13,10 @@ from llmprune.structured.slicing import Cut, slice_model_
 from llmprune.structured.units import Units, find_units
 from tiny import make_model
 
-
-UNDERSTOOD = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm4", "granite", "cohere2",
-              "starcoder2", "smollm3", "stablelm", "olmo", "nemotron", "exaone4", "seed_oss", "ministral3"}  # fmt: skip
+UNDERSTOOD = set(
+    "llama mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 glm4 granite cohere2 starcoder2 smollm3 "
+    "stablelm olmo nemotron exaone4 seed_oss".split()
+)
 
 
 def _units(model_type: str, **changes: object) -> Units:

@@ -223,10 +223,13 @@ def test_a_config_that_cannot_say_the_widths_is_noticed() -> None:
     assert model.config.num_key_value_heads == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-def test_a_wrong_coupling_is_caught_by_name(kind: str) -> None:
+def test_a_wrong_coupling_is_caught_by_name(kind: str, dtype: torch.dtype) -> None:
     """Rows in an order that is not the consumer's: the masked model knows nothing of rows, so the sliced one differs."""
-    model = _model("gqa, head_dim of its own")
+    model = _model("gqa, head_dim of its own", dtype)
+    right = copy.deepcopy(model)
+    slice_model_(right, _modules(right), _cuts(_modules(right), UNIFORM), _ids())
     wrong = [
         replace(module, producers=(replace(module.producers[-1], rows_GR=module.producers[-1].rows_GR.flip(0)),
                                    *module.producers[:-1])) if module.kind == kind and module.block == 1 else module
@@ -248,6 +251,18 @@ def test_a_module_that_no_longer_runs_is_named() -> None:
     sliced.get_submodule("model.layers.1.self_attn").head_dim = 48
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.self_attn does not run"):
         check_sliced(sliced, reference)
+
+
+def test_a_module_that_is_not_called_cannot_be_checked() -> None:
+    """Its block then goes round it."""
+    model = _model("mha")
+    modules = _modules(model)
+    mlp = model.get_submodule("model.layers.1.mlp")
+    model.get_submodule("model.layers.1").forward = lambda hidden_states, **_: (
+        hidden_states + mlp.down_proj(mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states))
+    )
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.\w+ is not called"):
+        slice_model_(model, modules, _cuts(modules, UNIFORM), _ids())
 
 
 def test_modules_without_a_cut_stay_as_they_are() -> None:
