@@ -13,14 +13,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.allocate.dp import minimize
 from llmprune.allocate.evolution import Ladder, Levels
-from llmprune.anatomy.blocks import Recording, Stack
+from llmprune.anatomy.blocks import Recording
 from llmprune.anatomy.sites import Site
 from llmprune.devices import module_device, placed
 from llmprune.engines.evolution import Shelf, Variants
@@ -147,14 +146,14 @@ class Supernet(Variants[Rack]):
 
     def decode(self, number: int, member: int, found: Sequence[Tensor]) -> Tensor:
         """See :class:`llmprune.engines.evolution.Variants`."""
-        module = self.groups[number].module
+        module, site = self.groups[number].module, self.groups[number].sites[member]
         kept_G, weight_OK = self._level(module, found)
-        pruned_OI = torch.zeros(module.site.shape, dtype=weight_OK.dtype, device=weight_OK.device)
+        pruned_OI = torch.zeros(site.shape, dtype=weight_OK.dtype, device=weight_OK.device)
         pruned_OI[:, columns_of(kept_G, module.group_size)] = weight_OK
         return pruned_OI
 
     def level(self, number: int, rung: int) -> tuple[Tensor, Tensor]:
-        """A stored level: groups kept, rising, int64 [G], and their columns [O, K]; views of what is stored where they can be."""
+        """A stored level: groups kept, rising, int64 [G], and their columns [O, K], a view of what is stored."""
         return self._level(self.groups[number].module, self.shelves[self.groups[number].block].get(number, 0, rung))
 
     @staticmethod

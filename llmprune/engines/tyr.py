@@ -77,8 +77,8 @@ class Tyr:
         self.counts = centres(self.modules, self.sparsity)
 
     def run(self) -> Iterator[Step]:
-        """Search; the model then holds the weights of what was found, zero in all columns that go. Stopped before its end, by an
-        error or by closing the generator, it leaves the model dense.
+        """Search; the model then holds the weights of what was found, zero in all columns that go. Stopped before its end, by
+        an error or by closing the generator, it leaves the model dense.
 
         Raises:
             NonFiniteError, FactorizationError, UnsupportedModel: as :meth:`llmprune.engines.supernet.Supernet.fill` does.

@@ -81,7 +81,9 @@ def test_heads_that_no_step_divides() -> None:
     assert sum(centres(_heads(2, 24), 0.25)) == 12 and set(centres(_heads(2, 24), 0.25)) == {0, 1}
 
 
-@pytest.mark.parametrize(("number", "sparsity", "budget"), [(20, 0.85, 17), (10, 0.3, 3), (12, 0.7, 8), (8, 0.0, 0), (8, 1.0, 8)])
+@pytest.mark.parametrize(
+    ("number", "sparsity", "budget"), [(20, 0.85, 17), (10, 0.3, 3), (12, 0.7, 8), (8, 0.0, 0), (8, 1.0, 8)]
+)
 def test_shares_are_decimal_numbers(number: int, sparsity: float, budget: int) -> None:
     """No group is lost to binary fractions: 0.85 of 20 is 17."""
     assert budget_of(_heads(number, 1), sparsity) == budget
@@ -125,7 +127,7 @@ def test_budgets_are_exact_and_trades_even(modules: list[Module], sparsity: floa
         for index in indices:
             width, own = modules[index].num_groups, levels[index]
             assert abs(counts[index] - Fraction(budget * width, total)) <= quantum
-            assert counts[index] in own and 0 <= own[0] and own[-1] <= width and len(own) <= MAX_LEVELS
+            assert counts[index] in own and own[0] >= 0 and own[-1] <= width and len(own) <= MAX_LEVELS
             assert all(count % quantum == 0 for count in own)
             for before, after in itertools.pairwise(own):
                 assert after - before == step or (0 < after - before < step and (before == 0 or after == width))
