@@ -64,6 +64,16 @@ def spectrum(gram_II: Tensor, damping: float) -> tuple[Spectrum, float]:
     return Spectrum(*(part.to(gram_II.device, torch.float32) for part in parts)), used
 
 
+def damped(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The damped Gram matrix itself, fp64 [I, I], and the damping used.
+
+    Dead inputs and raised damping are as in :func:`inverse_factor`, and so are the errors. It lies on the CPU where the
+    device has no fp64.
+    """
+    damped_II, _, used = _damp(gram_II, damping)
+    return damped_II, used
+
+
 def _damp(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
     """The damped Gram matrix in fp64, its lower Cholesky factor, and the damping that made it positive definite."""
     assert damping > 0

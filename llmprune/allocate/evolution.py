@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,6 +42,7 @@ class Ladder:
         counts: zeros of each member, of each rung, of each group; rising with the rung.
         start: the rungs the search begins at.
         low, high: bounds of the zeros of all groups together; equal where the budget is met exactly.
+        kinds: of each group; only those of one kind trade with each other. Empty: all do.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -49,9 +50,12 @@ class Ladder:
     start: Levels
     low: int
     high: int
+    kinds: tuple[Hashable, ...] = ()
     zeros: tuple[tuple[int, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        # Within bounds that are apart, a kind could lend to another what it has left.
+        assert not self.kinds or (len(self.kinds) == len(self.members) and self.low == self.high)
         object.__setattr__(self, "zeros", tuple(tuple(map(sum, rungs)) for rungs in self.counts))
 
     def shares(self, levels: Levels) -> list[int]:
@@ -66,6 +70,10 @@ class Ladder:
     def total(self, levels: Levels) -> int:
         """Zeros of all groups together."""
         return sum(rungs[level] for rungs, level in zip(self.zeros, levels, strict=True))
+
+    def trade(self, one: int, other: int) -> bool:
+        """Whether what one of two groups gives up the other may take."""
+        return not self.kinds or self.kinds[one] == self.kinds[other]
 
 
 def climb(sites: Sequence[SiteFacts], counts: Sequence[int], budget: Budget) -> Ladder:
@@ -123,7 +131,7 @@ def _move_(ladder: Ladder, levels: list[int], rng: random.Random) -> bool:
             repairs = [
                 (other, sum_ + _change(ladder, levels, other, back))
                 for other, level in enumerate(levels)
-                if other not in moved and 0 <= level + back < len(ladder.zeros[other])
+                if other not in moved and 0 <= level + back < len(ladder.zeros[other]) and ladder.trade(group, other)
             ]
             repairs = [
                 (other, after) for other, after in repairs if (after >= ladder.low if back < 0 else after <= ladder.high)

@@ -14,10 +14,12 @@ import copy
 import random
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +103,23 @@ class Shelf:
         return [self.whole[start : start + size] for start, size in self.spans[group, member, rung]]
 
 
+class Placed(Protocol):
+    """What takes one rung together, and where it is."""
+
+    @property
+    def block(self) -> int:
+        """Index of its decoder block."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Its members."""
+
+
+G = TypeVar("G", bound=Placed)
+
+
 @dataclass
-class Shelves:
+class Variants(ABC, Generic[G]):
     """The weights of all rungs, and which of them the model holds; the dense ones are put back at the end.
 
     Attributes:
@@ -111,7 +128,7 @@ class Shelves:
     """
 
     stack: Stack
-    groups: Sequence[Group]
+    groups: Sequence[G]
     directory: Path | None = None
 
     def __post_init__(self) -> None:
@@ -127,6 +144,34 @@ class Shelves:
             ]
             for used in uses
         ]
+
+    @torch.no_grad()
+    def hold_(self, number: int, rung: int | None) -> None:
+        """Put a group's weights of a rung into the model; None the dense ones."""
+        if self.held[number] == rung:
+            return
+        shelf = self.shelves[self.groups[number].block]
+        for member, site in enumerate(self.groups[number].sites):
+            found = [part.to(site.stored.device) for part in shelf.get(number, member, rung)]
+            if rung is None:
+                site.weight_OI.copy_(found[0].view(site.stored.dtype).view(site.shape))
+            else:
+                site.weight_OI.copy_(self.decode(number, member, found))
+        self.held[number] = rung
+
+    @abstractmethod
+    def decode(self, number: int, member: int, found: Sequence[Tensor]) -> Tensor:
+        """A member's weight [O, I] of a rung, from what its shelf has of it, as bytes on the member's device."""
+
+    def restore_(self) -> None:
+        """Put the dense weights back."""
+        for number in range(len(self.groups)):
+            self.hold_(number, None)
+
+
+@dataclass
+class Shelves(Variants[Group]):
+    """The weights of every rung as the support and, where the method changes what it keeps, the kept values."""
 
     @torch.no_grad()
     def fill(self, walk: Walk) -> Iterator[int]:
@@ -147,33 +192,17 @@ class Shelves:
             shelf.close()
             yield index + 1
 
-    @torch.no_grad()
-    def hold_(self, number: int, rung: int | None) -> None:
-        """Put a group's weights of a rung into the model; None the dense ones."""
-        if self.held[number] == rung:
-            return
+    def decode(self, number: int, member: int, found: Sequence[Tensor]) -> Tensor:
+        """See :class:`Variants`."""
         group = self.groups[number]
-        shelf = self.shelves[group.block]
-        for member, site in enumerate(group.sites):
-            (dense,) = (part.to(site.stored.device) for part in shelf.get(number, member, None))
-            dense_OI = dense.view(site.stored.dtype).view(site.shape)
-            if rung is None:
-                site.weight_OI.copy_(dense_OI)
-                continue
-            bits, *values = (part.to(site.stored.device) for part in shelf.get(number, member, rung))
-            keep_OI = unpack_bits(bits, site.numel).view(site.shape)
-            if values:
-                pruned_OI = torch.zeros_like(dense_OI)
-                pruned_OI[keep_OI] = values[0].view(site.stored.dtype)
-            else:
-                pruned_OI = dense_OI.where(keep_OI, 0)
-            site.weight_OI.copy_(pruned_OI)
-        self.held[number] = rung
-
-    def restore_(self) -> None:
-        """Put the dense weights back."""
-        for number in range(len(self.groups)):
-            self.hold_(number, None)
+        site, (bits, *values) = group.sites[member], found
+        keep_OI = unpack_bits(bits, site.numel).view(site.shape)
+        if values:
+            pruned_OI = torch.zeros(site.shape, dtype=site.stored.dtype, device=bits.device)
+            pruned_OI[keep_OI] = values[0].view(site.stored.dtype)
+            return pruned_OI
+        (dense,) = self.shelves[group.block].get(number, member, None)
+        return dense.to(bits.device).view(site.stored.dtype).view(site.shape).where(keep_OI, 0)
 
 
 def _put(shelf: Shelf, number: int, group: Group, walk: Walk, stats: Mapping[str, LinearStats]) -> None:
@@ -201,7 +230,9 @@ def rung_bytes(groups: Sequence[Group], *, changes: bool) -> int:
 
 
 @contextmanager
-def scratch(num_bytes: int, parent: Path | None) -> Iterator[Path | None]:
+def scratch(
+    num_bytes: int, parent: Path | None, *, owner: str = "allocation 'evolution'", remedy: str = ", or --allocation dp"
+) -> Iterator[Path | None]:
     """Where so many bytes of weights go: None for memory, where they fit; else a directory that is gone afterwards.
 
     Raises OutputError where there is no room for them either.
@@ -212,8 +243,8 @@ def scratch(num_bytes: int, parent: Path | None) -> Iterator[Path | None]:
     with tempfile.TemporaryDirectory(prefix="candidates-", dir=parent) as directory:
         if num_bytes > shutil.disk_usage(directory).free:
             raise OutputError(
-                f"allocation 'evolution' keeps {num_bytes / 1e9:.1f} GB of candidate weights, which fit neither in memory nor "
-                f"in {Path(directory).parent}. Use a larger disk (--out, or TMPDIR without one), or --allocation dp."
+                f"{owner} keeps {num_bytes / 1e9:.1f} GB of candidate weights, which fit neither in memory nor "
+                f"in {Path(directory).parent}. Use a larger disk (--out, or TMPDIR without one){remedy}."
             )
         yield Path(directory)
 
@@ -240,7 +271,7 @@ class Divergence:
     """
 
     stack: Stack
-    shelves: Shelves
+    shelves: Variants[Any]
     recording: Recording
     device: torch.device
     head: Head

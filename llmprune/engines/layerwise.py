@@ -139,7 +139,7 @@ class Walk:
                 if dense:
                     self._advance_dense(index, block)
                 else:
-                    self._advance(index, block)
+                    self.advance(index, block)
 
     def _prune_block(
         self, index: int, block: nn.Module, sites: Sequence[Site]
@@ -151,7 +151,7 @@ class Walk:
             reports, reconstruction = yield from self._reconstruct(index, block, sites)
         else:
             reports, reconstruction = self._prune_in_stages(index, block, sites), None
-        self._advance(index, block)
+        self.advance(index, block)
         return reports, reconstruction
 
     def _permute(self, index: int, block: nn.Module, sites: Sequence[Site]) -> tuple[Permutation, ...]:
@@ -295,7 +295,7 @@ class Walk:
                     pass
         return collected
 
-    def _advance(self, index: int, block: nn.Module) -> None:
+    def advance(self, index: int, block: nn.Module) -> None:
         """Carry the hidden states through a block."""
         for batch in range(len(self.hidden)):
             self._forward(index, block, batch, keep=True)

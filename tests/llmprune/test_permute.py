@@ -50,7 +50,7 @@ def _permute(model: PreTrainedModel) -> list[Permutation]:
     with eager_experts(model):
         for index, block in enumerate(walk.stack.blocks):
             reports += walk._permute(index, block, walk.stack.sites[index])
-            walk._advance(index, block)
+            walk.advance(index, block)
     return reports
 
 

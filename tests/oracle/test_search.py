@@ -86,6 +86,30 @@ def test_a_generation_without_noise_keeps_the_best_of_all() -> None:
     assert len(seen) > 8 and _separable([best], None)[0] == min(seen.values())
 
 
+def _of_two_kinds(start: Levels) -> Ladder:
+    """Attention and FFN in turn, of five rungs."""
+    plain = _ladder(start)
+    return Ladder(plain.members, plain.counts, start, plain.low, plain.high, kinds=("attention", "ffn") * (len(start) // 2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_traded_between_kinds(seed: int) -> None:
+    """Of a long walk every candidate has the sum of each kind it began with; both kinds move."""
+    ladder, rng = _of_two_kinds((2, 1, 2, 1, 2, 4)), random.Random(seed)
+    levels, seen = ladder.start, {ladder.start}
+    for _ in range(200):
+        levels = mutate(ladder, levels, rng) or levels
+        assert sum(levels[0::2]) == 6 and sum(levels[1::2]) == 6 and all(0 <= level <= 4 for level in levels)
+        seen.add(levels)
+    assert len({one[0::2] for one in seen}) > 3 and len({one[1::2] for one in seen}) > 3
+
+
+def test_one_of_each_kind_has_no_partner() -> None:
+    """The search ends at once, though of one kind they could trade."""
+    assert mutate(_of_two_kinds((2, 2)), (2, 2), random.Random(0)) is None
+    assert mutate(_ladder((2, 2)), (2, 2), random.Random(0)) is not None
+
+
 def test_a_search_with_nothing_to_try_ends() -> None:
     """One group cannot trade; two at opposite ends of short ladders have two states; no generations leave the start."""
     assert mutate(_ladder((2,)), (2,), random.Random(0)) is None

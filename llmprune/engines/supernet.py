@@ -1,0 +1,240 @@
+"""The supernet of Týr-the-Pruner (arXiv 2503.09657, section 3.3): every module at every level, each from one nested path.
+
+Blocks are walked in order. The Gram matrices of a block's modules are taken on what the blocks before it put out while each of
+their modules holds the mean of its levels (error accumulation by expectation, eq. 6): a block is pruned on inputs of about the
+kind it will have. The dense weights are back before the next block's turn. Of the levels only the kept columns are stored: half
+of the dense weights of the modules for each level, on average, where the levels run from none to all.
+
+O out, I in features; G groups of C columns; K columns kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.allocate.dp import minimize
+from llmprune.allocate.evolution import Ladder, Levels
+from llmprune.anatomy.blocks import Recording
+from llmprune.anatomy.sites import Site
+from llmprune.devices import module_device, placed
+from llmprune.engines.evolution import Shelf, Variants
+from llmprune.engines.layerwise import Walk
+from llmprune.errors import FactorizationError, NonFiniteError, UnsupportedModel
+from llmprune.linalg import damped
+from llmprune.spec import Need, PruneConfig
+from llmprune.stats import LinearStats
+from llmprune.structured.levels import Kind, chunk_of, quantum_of, trade_of, trades_of
+from llmprune.structured.path import Criterion, Level, columns_of, expectation, nested_path
+
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class GroupedSite:
+    """A matrix whose input columns go in groups: an attention's output projection, an FFN's down projection.
+
+    Attributes:
+        group_size: columns of a group, consecutive.
+        num_groups: ``group_size * num_groups`` is the number of the site's inputs.
+    """
+
+    site: Site
+    kind: Kind
+    group_size: int
+    num_groups: int
+
+    def __post_init__(self) -> None:
+        assert self.group_size * self.num_groups == self.site.shape[1], self.site.name
+
+
+@dataclass(frozen=True)
+class Rack:
+    """The levels of one module.
+
+    Attributes:
+        block: index of its decoder block.
+        counts: groups removed at each level, rising.
+    """
+
+    block: int
+    module: GroupedSite
+    counts: tuple[int, ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The one matrix."""
+        return (self.module.site,)
+
+
+@dataclass
+class Supernet(Variants[Rack]):
+    """Every module at every level, and which of them the model holds; rung None is the dense weight.
+
+    Attributes:
+        criterion: what a group is worth.
+        sequential: each module of a block is pruned on inputs that those before it in the block have left, by a forward of the
+            block for each; else all of them on one forward of the dense block, as in the released code.
+        losses: of every module, the loss of each level over what the dense module puts out, 0 to about 1; known once filled.
+    """
+
+    criterion: Criterion = "obs+|g|"
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert all(one.block <= other.block for one, other in zip(self.groups, self.groups[1:], strict=False))
+        self.losses: list[tuple[float, ...]] = [()] * len(self.groups)
+
+    @torch.no_grad()
+    def fill(self, recording: Recording, device: torch.device) -> Iterator[int]:
+        """Compute all levels, on the calibration inputs; yields the number of blocks done. The recording is only read, and the
+        model is dense whenever this yields, ends or raises.
+
+        Raises:
+            NonFiniteError: NaN or inf in a block's output; names the block.
+            FactorizationError: names the module.
+            UnsupportedModel: no token reached a module; names it.
+        """
+        calls = copy.deepcopy(recording.calls) if recording.stateful else recording.calls
+        walk = Walk(self.stack, Recording(list(recording.hidden), calls), PruneConfig(), device)
+        for index, block in enumerate(self.stack.blocks):
+            self.shelves[index] = Shelf(f"block{index}", self.directory)
+            home = module_device(block)
+            with placed(block, device if home.type == "cpu" else home):
+                self._fill_block(walk, index, block)
+            self.shelves[index].close()
+            yield index + 1
+
+    def _fill_block(self, walk: Walk, index: int, block: nn.Module) -> None:
+        numbers = {one.module.site.name: number for number, one in enumerate(self.groups) if one.block == index}
+        pending = {name: self.groups[number].module.site for name, number in numbers.items()}
+        dense = {name: site.weight_OI.clone() for name, site in pending.items()}
+        try:
+            while pending:
+                found = walk.collect(index, block, pending, whole=not self.sequential, needs=Need.GRAM)
+                if not found:
+                    raise UnsupportedModel(f"{next(iter(pending))} is reached by no calibration token.")
+                for name, stats in found.items():
+                    site = pending.pop(name)
+                    site.weight_OI.copy_(self._fill_module(numbers[name], stats))
+            walk.advance(index, block)
+        finally:
+            for name, weight_OI in dense.items():
+                self.groups[numbers[name]].module.site.weight_OI.copy_(weight_OI)
+
+    def _fill_module(self, number: int, stats: LinearStats) -> Tensor:
+        """Store a module's levels; returns the mean of them [O, I]."""
+        rack, shelf = self.groups[number], self.shelves[self.groups[number].block]
+        module = rack.module
+        weight_OI = module.site.weight_OI
+        try:
+            levels, whole = module_levels(weight_OI, stats, module, rack.counts, self.criterion)
+        except (FactorizationError, NonFiniteError) as error:
+            raise type(error)(f"{module.site.name}: {error}") from None
+        shelf.put(number, 0, None, [weight_OI])
+        for rung, (level, count) in enumerate(zip(levels, rack.counts, strict=True)):
+            shelf.put(number, 0, rung, [level.kept_G.int(), *([level.weight_OK] if count else [])])
+            if not count:  # the dense weight, which is there already
+                shelf.spans[number, 0, rung] += shelf.spans[number, 0, None]
+        self.losses[number] = tuple(level.loss / whole if whole else 0.0 for level in levels)
+        return expectation(levels, module.num_groups, module.group_size).to(weight_OI.device)
+
+    def decode(self, number: int, member: int, found: Sequence[Tensor]) -> Tensor:
+        """See :class:`llmprune.engines.evolution.Variants`."""
+        module, site = self.groups[number].module, self.groups[number].sites[member]
+        kept_G, weight_OK = self._level(module, found)
+        pruned_OI = torch.zeros(site.shape, dtype=weight_OK.dtype, device=weight_OK.device)
+        pruned_OI[:, columns_of(kept_G, module.group_size)] = weight_OK
+        return pruned_OI
+
+    def level(self, number: int, rung: int) -> tuple[Tensor, Tensor]:
+        """A stored level: groups kept, rising, int64 [G], and their columns [O, K], a view of what is stored."""
+        return self._level(self.groups[number].module, self.shelves[self.groups[number].block].get(number, 0, rung))
+
+    @staticmethod
+    def _level(module: GroupedSite, found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        kept_G, weight = found[0].view(torch.int32).long(), found[1].view(module.site.stored.dtype)
+        return kept_G, weight.view(module.site.shape[0], len(kept_G) * module.group_size)
+
+
+def racks_of(blocks: Sequence[Sequence[GroupedSite]], counts: Sequence[Sequence[int]]) -> list[Rack]:
+    """The levels of the modules of all blocks, of whom ``counts`` has the groups to remove, in the same order."""
+    modules = [(index, module) for index, modules in enumerate(blocks) for module in modules]
+    return [Rack(index, module, tuple(own)) for (index, module), own in zip(modules, counts, strict=True)]
+
+
+def module_levels(
+    weight_OI: Tensor, stats: LinearStats, module: GroupedSite, counts: Sequence[int], criterion: Criterion = "obs+|g|"
+) -> tuple[list[Level], float]:
+    """The levels of one module, and the loss of removing everything.
+
+    The Gram matrix is the mean over tokens, damped by a hundredth of its mean diagonal. Inputs that were never active are worth
+    nothing, so a group of none but them goes first; where one stays, so do its weights. Level 0 is the weight, bit for bit.
+
+    Raises:
+        NonFiniteError: the activations overflow fp32.
+        FactorizationError: the damped matrix is not positive definite.
+    """
+    assert stats.gram_II is not None
+    if not bool(torch.isfinite(stats.sq_I).all()):
+        raise NonFiniteError("the calibration activations overflow fp32. Use --dtype float32 or bfloat16.")
+    hessian_II, _ = damped(stats.gram_II / max(stats.num_tokens, 1), DAMPING)
+    weight_OI = weight_OI.to(hessian_II.device)
+    dead_I = (stats.sq_I == 0).to(hessian_II.device)
+    levels = nested_path(
+        weight_OI.masked_fill(dead_I, 0), hessian_II, group_size=module.group_size, counts=counts, chunk=chunk_of(module),
+        criterion=criterion,
+    )  # fmt: skip
+    if dead_I.any():
+        levels = [_with_dead(level, weight_OI, dead_I, module.group_size) for level in levels]
+    live_OI = weight_OI.double().masked_fill(dead_I, 0)
+    return levels, float(((live_OI @ hessian_II) * live_OI).sum()) / 2
+
+
+def _with_dead(level: Level, weight_OI: Tensor, dead_I: Tensor, group_size: int) -> Level:
+    """The weights of dead inputs that stay: nothing depends on them, so their best values are the dense ones."""
+    columns_K = columns_of(level.kept_G, group_size)
+    return replace(level, weight_OK=level.weight_OK.where(~dead_I[columns_K], weight_OI[:, columns_K]))
+
+
+def level_bytes(racks: Sequence[Rack]) -> int:
+    """Bytes of all levels of these modules, the dense weights included."""
+    total = 0
+    for rack in racks:
+        site, width = rack.module.site, rack.module.num_groups
+        kept = sum(width - count for count in rack.counts if count)
+        weights = site.numel + site.shape[0] * kept * rack.module.group_size
+        total += site.stored.element_size() * weights + 4 * sum(width - count for count in rack.counts)
+    return total
+
+
+def ladder_of(racks: Sequence[Rack], start: Levels) -> Ladder:
+    """What the search moves on: rungs in groups removed, traded within a kind only, the sum of each kind as at the start."""
+    modules = [rack.module for rack in racks]
+    counts = tuple(tuple((count,) for count in rack.counts) for rack in racks)
+    total = sum(rack.counts[level] for rack, level in zip(racks, start, strict=True))
+    members = tuple((number,) for number in range(len(racks)))
+    return Ladder(members, counts, start, total, total, kinds=tuple(trade_of(module) for module in modules))
+
+
+def least_loss(racks: Sequence[Rack], losses: Sequence[Sequence[float]], start: Levels) -> Levels:
+    """The levels of the least sum of relative losses among those that remove as many groups of each kind as ``start``: exact
+    dynamic programming over each kind.
+    """
+    levels = list(start)
+    modules = [rack.module for rack in racks]
+    for indices in trades_of(modules).values():
+        quantum = quantum_of([modules[index] for index in indices])
+        options = [
+            [(count // quantum, loss) for count, loss in zip(racks[index].counts, losses[index], strict=True)]
+            for index in indices
+        ]
+        total = sum(racks[index].counts[start[index]] for index in indices)
+        for index, units in zip(indices, minimize(options, total // quantum), strict=True):
+            levels[index] = racks[index].counts.index(units * quantum)
+    return tuple(levels)

@@ -1,0 +1,135 @@
+"""The levels of every module, in whole groups: how many go at the centre, and how far apart the levels around it are.
+
+Everything is counted in integers (Týr-the-Pruner, arXiv 2503.09657, section 3.3, has fractions: an eighth of 28 heads is no
+number of heads, and 3 heads against 4 are no even trade). Modules whose groups are worth the same trade with each other: those
+of one kind and group size. They share one quantum and one step, so one of them a level up and another a level down leaves the
+number of groups as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal, Protocol
+
+Kind = Literal["attention", "ffn"]
+LEVELS_A_SIDE = 4
+MAX_LEVELS = 2 * LEVELS_A_SIDE + 1
+STEPS_A_WIDTH = 8
+"""Steps of the first iteration in a whole module; every iteration halves them."""
+CHANNELS = 32
+"""FFN channels go in multiples of so many, where the width allows."""
+CHUNKS_A_WIDTH = 64
+MAX_CHUNK = 16
+
+
+class Grouped(Protocol):
+    """A module of which whole groups go."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it is a part of."""
+
+    @property
+    def group_size(self) -> int:
+        """Input columns of a group."""
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups it has."""
+
+
+Trade = tuple[Kind, int]
+"""Kind and group size: modules that have both in common trade groups."""
+
+
+def trade_of(module: Grouped) -> Trade:
+    """Whom the module trades with."""
+    return module.kind, module.group_size
+
+
+def trades_of(modules: Sequence[Grouped]) -> dict[Trade, list[int]]:
+    """The indices of the modules of every trade, in order."""
+    found: dict[Trade, list[int]] = {}
+    for index, module in enumerate(modules):
+        found.setdefault(trade_of(module), []).append(index)
+    return found
+
+
+def quantum_of(modules: Sequence[Grouped]) -> int:
+    """Groups that go at once at least, in all modules of one trade: 1 of attention; of an FFN the largest power of two up to 32
+    channels that divides every width and is no more than an eighth of it (1 where none is).
+    """
+    if modules[0].kind == "attention":
+        return 1
+    quantum = CHANNELS
+    while quantum > 1 and any(module.num_groups % quantum or STEPS_A_WIDTH * quantum > module.num_groups for module in modules):
+        quantum //= 2
+    return quantum
+
+
+def step_of(modules: Sequence[Grouped], iteration: int) -> int:
+    """Groups from one level to the next, the same for all modules of one trade: an eighth of their mean width in the first
+    iteration, half as much in each that follows, to the nearest multiple of the quantum (halves up), and at least one.
+
+    Args:
+        iteration: from 1.
+    """
+    assert iteration >= 1
+    quantum = quantum_of(modules)
+    width = sum(module.num_groups for module in modules)
+    parts = len(modules) * (STEPS_A_WIDTH << iteration - 1) * quantum
+    return quantum * max(1, (2 * width + parts) // (2 * parts))
+
+
+def budget_of(modules: Sequence[Grouped], sparsity: float) -> int:
+    """Groups that go from all modules of one trade together: the multiple of the quantum nearest to this share of them."""
+    assert 0 <= sparsity <= 1
+    quantum = quantum_of(modules)
+    total = sum(module.num_groups for module in modules)
+    # repr: 0.3 means three tenths, not the float a little below them.
+    return quantum * _nearest(Fraction(repr(float(sparsity))) * total / quantum)
+
+
+def centres(modules: Sequence[Grouped], sparsity: float) -> list[int]:
+    """Groups that go from each module at first: this share of each, in whole quanta, so that those of a trade sum up to its
+    budget exactly; the remainders are spread over the depth.
+    """
+    counts = [0] * len(modules)
+    for indices in trades_of(modules).values():
+        members = [modules[index] for index in indices]
+        quantum, budget = quantum_of(members), budget_of(members, sparsity)
+        total, seen, given = sum(member.num_groups for member in members), 0, 0
+        for index, member in zip(indices, members, strict=True):
+            seen += member.num_groups
+            until = quantum * _nearest(Fraction(budget * seen, total * quantum))
+            counts[index], given = until - given, until
+            assert 0 <= counts[index] <= member.num_groups
+        assert given == budget
+    return counts
+
+
+def grid(modules: Sequence[Grouped], counts: Sequence[int], iteration: int) -> list[tuple[int, ...]]:
+    """The numbers of groups to remove at every level of each module, rising: the centre ``counts`` and up to four steps on each
+    side of it, the last of them cut off at none and at all of the groups.
+    """
+    assert len(counts) == len(modules)
+    levels: list[tuple[int, ...]] = [()] * len(modules)
+    for indices in trades_of(modules).values():
+        step = step_of([modules[index] for index in indices], iteration)
+        for index in indices:
+            width, centre = modules[index].num_groups, counts[index]
+            assert 0 <= centre <= width
+            around = (centre + number * step for number in range(-LEVELS_A_SIDE, LEVELS_A_SIDE + 1))
+            levels[index] = tuple(sorted({min(max(count, 0), width) for count in around}))
+    return levels
+
+
+def chunk_of(module: Grouped) -> int:
+    """Groups that go between two updates on the way to a level: 1 of attention, up to 16 channels of an FFN."""
+    return 1 if module.kind == "attention" else min(MAX_CHUNK, max(1, module.num_groups // CHUNKS_A_WIDTH))
+
+
+def _nearest(value: Fraction) -> int:
+    """The nearest integer, halves up."""
+    return (2 * value.numerator + value.denominator) // (2 * value.denominator)
