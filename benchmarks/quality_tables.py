@@ -18,6 +18,7 @@ README_VARIANTS = (
 )  # fmt: skip
 README_TARGETS = ("60 %", "2:4")
 README_COST = "60 %"
+_LOAD = "Cells run beside one another on a shared machine: seconds compare to within a factor of about two."
 _COLUMNS = (
     "model", "target", "variant", "family", "status", "sparsity", "perplexity_dense", "perplexity", "gap", "gap_error",
     "closed", "closed_error", "kl", "top1", "seconds", "peak_mib", "tokens", "where",
@@ -83,7 +84,7 @@ def _how(results: Results) -> str:
         f"± is one standard error over the evaluation windows, paired. {NOTE} Seconds are those of pruning with everything a "
         "variant does beside it (survey, search, reconstruction, refinement), without loading and evaluating; the memory is "
         "the peak of the process while it does so, above that of one that has only imported llmprune. All other settings are "
-        "the defaults. "
+        f"the defaults. {_LOAD} "
         f"Measured on {'; '.join(where) or 'nothing yet'}.{stale}"
     )
 
@@ -203,7 +204,7 @@ def readme_table(results: Results) -> str:
     head = ["perplexity at", *README_TARGETS, f"gap closed, {README_COST}", f"pruning, {README_COST}"]
     note = (
         f"Gap closed: the share of ln(perplexity / dense) that SparseGPT leaves. {_settings(results.models[BUNDLED_MODEL])} "
-        f"{first['where']}. `make bench-quality` measures it; more sparsities, methods and models, and the noise, are in "
+        f"{first['where']}. {_LOAD} `make bench-quality` measures it; more sparsities, methods and models, and the noise, are in "
         "[docs/quality.md](docs/quality.md)."
     )
     return f"{_table(head, rows)}\n\n{note}"
