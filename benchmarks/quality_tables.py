@@ -204,8 +204,8 @@ def readme_table(results: Results) -> str:
     head = ["perplexity at", *README_TARGETS, f"gap closed, {README_COST}", f"pruning, {README_COST}"]
     note = (
         f"Gap closed: the share of ln(perplexity / dense) that SparseGPT leaves. {_settings(results.models[BUNDLED_MODEL])} "
-        f"{first['where']}. {_LOAD} `make bench-quality` measures it; more sparsities, methods and models, and the noise, are in "
-        "[docs/quality.md](docs/quality.md)."
+        f"{first['where']}. {_LOAD} `make bench-quality` measures it; more sparsities, methods and models, and the noise, "
+        "are in [docs/quality.md](docs/quality.md)."
     )
     return f"{_table(head, rows)}\n\n{note}"
 
