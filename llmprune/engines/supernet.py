@@ -28,28 +28,11 @@ from llmprune.errors import FactorizationError, NonFiniteError, UnsupportedModel
 from llmprune.linalg import damped
 from llmprune.spec import Need, PruneConfig
 from llmprune.stats import LinearStats
-from llmprune.structured.levels import Kind, chunk_of, quantum_of, trade_of, trades_of
+from llmprune.structured.levels import chunk_of, quantum_of, trade_of, trades_of
 from llmprune.structured.path import Criterion, Level, columns_of, expectation, nested_path
+from llmprune.structured.units import Module
 
 DAMPING = 0.01
-
-
-@dataclass(frozen=True)
-class GroupedSite:
-    """A matrix whose input columns go in groups: an attention's output projection, an FFN's down projection.
-
-    Attributes:
-        group_size: columns of a group, consecutive.
-        num_groups: ``group_size * num_groups`` is the number of the site's inputs.
-    """
-
-    site: Site
-    kind: Kind
-    group_size: int
-    num_groups: int
-
-    def __post_init__(self) -> None:
-        assert self.group_size * self.num_groups == self.site.shape[1], self.site.name
 
 
 @dataclass(frozen=True)
@@ -57,18 +40,21 @@ class Rack:
     """The levels of one module.
 
     Attributes:
-        block: index of its decoder block.
         counts: groups removed at each level, rising.
     """
 
-    block: int
-    module: GroupedSite
+    module: Module
     counts: tuple[int, ...]
+
+    @property
+    def block(self) -> int:
+        """Index of its decoder block."""
+        return self.module.block
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The one matrix."""
-        return (self.module.site,)
+        return (self.module.consumer,)
 
 
 @dataclass
@@ -111,8 +97,8 @@ class Supernet(Variants[Rack]):
             yield index + 1
 
     def _fill_block(self, walk: Walk, index: int, block: nn.Module) -> None:
-        numbers = {one.module.site.name: number for number, one in enumerate(self.groups) if one.block == index}
-        pending = {name: self.groups[number].module.site for name, number in numbers.items()}
+        numbers = {one.module.consumer.name: number for number, one in enumerate(self.groups) if one.block == index}
+        pending = {name: self.groups[number].module.consumer for name, number in numbers.items()}
         dense = {name: site.weight_OI.clone() for name, site in pending.items()}
         try:
             while pending:
@@ -125,17 +111,17 @@ class Supernet(Variants[Rack]):
             walk.advance(index, block)
         finally:
             for name, weight_OI in dense.items():
-                self.groups[numbers[name]].module.site.weight_OI.copy_(weight_OI)
+                self.groups[numbers[name]].module.consumer.weight_OI.copy_(weight_OI)
 
     def _fill_module(self, number: int, stats: LinearStats) -> Tensor:
         """Store a module's levels; returns the mean of them [O, I]."""
         rack, shelf = self.groups[number], self.shelves[self.groups[number].block]
         module = rack.module
-        weight_OI = module.site.weight_OI
+        weight_OI = module.consumer.weight_OI
         try:
             levels, whole = module_levels(weight_OI, stats, module, rack.counts, self.criterion)
         except (FactorizationError, NonFiniteError) as error:
-            raise type(error)(f"{module.site.name}: {error}") from None
+            raise type(error)(f"{module.consumer.name}: {error}") from None
         shelf.put(number, 0, None, [weight_OI])
         for rung, (level, count) in enumerate(zip(levels, rack.counts, strict=True)):
             shelf.put(number, 0, rung, [level.kept_G.int(), *([level.weight_OK] if count else [])])
@@ -157,19 +143,18 @@ class Supernet(Variants[Rack]):
         return self._level(self.groups[number].module, self.shelves[self.groups[number].block].get(number, 0, rung))
 
     @staticmethod
-    def _level(module: GroupedSite, found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        kept_G, weight = found[0].view(torch.int32).long(), found[1].view(module.site.stored.dtype)
-        return kept_G, weight.view(module.site.shape[0], len(kept_G) * module.group_size)
+    def _level(module: Module, found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        kept_G, weight = found[0].view(torch.int32).long(), found[1].view(module.consumer.stored.dtype)
+        return kept_G, weight.view(module.consumer.shape[0], len(kept_G) * module.group_size)
 
 
-def racks_of(blocks: Sequence[Sequence[GroupedSite]], counts: Sequence[Sequence[int]]) -> list[Rack]:
-    """The levels of the modules of all blocks, of whom ``counts`` has the groups to remove, in the same order."""
-    modules = [(index, module) for index, modules in enumerate(blocks) for module in modules]
-    return [Rack(index, module, tuple(own)) for (index, module), own in zip(modules, counts, strict=True)]
+def racks_of(modules: Sequence[Module], counts: Sequence[Sequence[int]]) -> list[Rack]:
+    """The levels of the modules, of whom ``counts`` has the groups to remove."""
+    return [Rack(module, tuple(own)) for module, own in zip(modules, counts, strict=True)]
 
 
 def module_levels(
-    weight_OI: Tensor, stats: LinearStats, module: GroupedSite, counts: Sequence[int], criterion: Criterion = "obs+|g|"
+    weight_OI: Tensor, stats: LinearStats, module: Module, counts: Sequence[int], criterion: Criterion = "obs+|g|"
 ) -> tuple[list[Level], float]:
     """The levels of one module, and the loss of removing everything.
 
@@ -206,7 +191,7 @@ def level_bytes(racks: Sequence[Rack]) -> int:
     """Bytes of all levels of these modules, the dense weights included."""
     total = 0
     for rack in racks:
-        site, width = rack.module.site, rack.module.num_groups
+        site, width = rack.module.consumer, rack.module.num_groups
         kept = sum(width - count for count in rack.counts if count)
         weights = site.numel + site.shape[0] * kept * rack.module.group_size
         total += site.stored.element_size() * weights + 4 * sum(width - count for count in rack.counts)

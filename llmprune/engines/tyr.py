@@ -15,8 +15,9 @@ from torch import Tensor
 from llmprune.allocate.evolution import Levels, Search
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.engines.evolution import Divergence, Head, scratch
-from llmprune.engines.supernet import GroupedSite, Rack, Supernet, ladder_of, least_loss, level_bytes, racks_of
+from llmprune.engines.supernet import Rack, Supernet, ladder_of, least_loss, level_bytes, racks_of
 from llmprune.structured.levels import centres, grid
+from llmprune.structured.units import Module
 
 ITERATIONS = 4
 
@@ -43,19 +44,19 @@ class Tyr:
     """The search of how many groups go from each module, and which.
 
     Attributes:
-        blocks: the modules of every block; at least one in all.
+        modules: what groups go from, in the order of the blocks; at least one.
         calibration: sequences the supernet is built on.
         texts: sequences the divergence from the dense model is measured on, a chunk a batch.
         head: the model's own, on ``texts``.
         sparsity: share of the groups of each kind that go.
         directory: where what does not fit in memory goes; None for the system's own place.
-        counts: groups removed from each module, in the order of the blocks; the result once run.
+        counts: groups removed from each module; the result once run.
         kept: the groups of each module that stay, rising, int64 [G]; known once run.
         curves: of every iteration, (generation, best divergence) as it fell.
     """
 
     stack: Stack
-    blocks: Sequence[Sequence[GroupedSite]]
+    modules: Sequence[Module]
     calibration: Recording
     texts: Recording
     device: torch.device
@@ -72,8 +73,7 @@ class Tyr:
     curves: list[list[tuple[int, float]]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        assert self.iterations >= 1 and len(self.blocks) == len(self.stack.blocks)
-        self.modules = [module for modules in self.blocks for module in modules]
+        assert self.iterations >= 1
         self.counts = centres(self.modules, self.sparsity)
 
     def run(self) -> Iterator[Step]:
@@ -85,7 +85,7 @@ class Tyr:
             OutputError: the levels fit neither in memory nor on the disk.
         """
         for iteration in range(1, self.iterations + 1):
-            racks = racks_of(self.blocks, grid(self.modules, self.counts, iteration))
+            racks = racks_of(self.modules, grid(self.modules, self.counts, iteration))
             with scratch(level_bytes(racks), self.directory, owner="the supernet", remedy="") as directory:
                 supernet = Supernet(self.stack, racks, directory, sequential=self.sequential)
                 for block in supernet.fill(self.calibration, self.device):

@@ -17,7 +17,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,8 @@ from llmprune.anatomy.blocks import Stack
 from llmprune.anatomy.folds import VALUE, value_head_dim
 from llmprune.anatomy.sites import Site
 from llmprune.errors import UnsupportedModel
+from llmprune.structured.levels import Kind
 
-Kind = Literal["attention", "ffn"]
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _QUERY = re.compile(r"^(w?q|q_?proj|q_lin|query|q_layer)$")

@@ -23,7 +23,6 @@ from llmprune.engines import evolution, supernet, tyr
 from llmprune.engines.evolution import Divergence, Logits
 from llmprune.engines.layerwise import Walk
 from llmprune.engines.supernet import (
-    GroupedSite,
     Supernet,
     ladder_of,
     least_loss,
@@ -38,6 +37,7 @@ from llmprune.spec import Need
 from llmprune.stats import LinearStats
 from llmprune.structured.levels import centres, grid
 from llmprune.structured.path import expectation
+from llmprune.structured.units import Module, find_units
 
 CPU = torch.device("cpu")
 
@@ -46,16 +46,16 @@ def _ids(seed: int = 0) -> Tensor:
     return torch.randint(3, 100, (6, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def _modules(model: PreTrainedModel, stack: Stack, ends: Sequence[str] = ("o_proj", "down_proj")) -> list[list[GroupedSite]]:
-    """The output projections by kv groups, the down projections by channels."""
+def _by_names(model: PreTrainedModel, stack: Stack, ends: tuple[str, str]) -> list[Module]:
+    """Output projections by kv groups and down projections by channels, in families whose units cannot be sliced."""
     kv_groups = model.config.num_key_value_heads
 
-    def grouped(site: Site) -> GroupedSite:
+    def module(index: int, site: Site) -> Module:
         if site.name.endswith(ends[0]):
-            return GroupedSite(site, "attention", site.shape[1] // kv_groups, kv_groups)
-        return GroupedSite(site, "ffn", 1, site.shape[1])
+            return Module(site.name, "attention", index, site, site.shape[1] // kv_groups, kv_groups, ())
+        return Module(site.name, "ffn", index, site, 1, site.shape[1], ())
 
-    return [[grouped(site) for site in sites if site.name.endswith(tuple(ends))] for sites in stack.sites]
+    return [module(index, site) for index, sites in enumerate(stack.sites) for site in sites if site.name.endswith(ends)]
 
 
 class Case:
@@ -64,12 +64,11 @@ class Case:
     def __init__(self, model: PreTrainedModel, sparsity: float = 0.5, iteration: int = 1) -> None:
         self.model = model
         self.stack = probe(model, find_stack(model), _ids()[:1])
-        self.blocks = _modules(model, self.stack)
-        self.modules = [module for modules in self.blocks for module in modules]
+        self.modules = find_units(model, self.stack).modules
         self.calibration = record(model, self.stack, list(_ids().split(4)))
         self.texts = record(model, self.stack, list(_ids(1).split(3)))
         self.counts = centres(self.modules, sparsity)
-        self.racks = racks_of(self.blocks, grid(self.modules, self.counts, iteration))
+        self.racks = racks_of(self.modules, grid(self.modules, self.counts, iteration))
         self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def supernet(self, **fields: Any) -> Supernet:
@@ -86,7 +85,7 @@ class Case:
             yield lambda chunk, hidden_NSH: replay_tail(self.model, self.stack, _ids(1).split(3)[chunk], hidden_NSH)
 
         fields = {"iterations": 2, "generations": 4, "offspring": 8, **fields}
-        return Tyr(self.stack, self.blocks, self.calibration, self.texts, CPU, head, sparsity, **fields)
+        return Tyr(self.stack, self.modules, self.calibration, self.texts, CPU, head, sparsity, **fields)
 
     @torch.no_grad()
     def kl(self, dense: PreTrainedModel) -> float:
@@ -121,9 +120,9 @@ def test_levels_are_nested_and_their_columns_alone_are_stored() -> None:
         for rung, count in enumerate(rack.counts):
             kept_G, weight_OK = net.level(number, rung)
             assert len(kept_G) == module.num_groups - count and set(kept_G.tolist()) <= kept
-            assert weight_OK.shape == (module.site.shape[0], len(kept_G) * module.group_size)
+            assert weight_OK.shape == (module.consumer.shape[0], len(kept_G) * module.group_size)
             kept = set(kept_G.tolist())
-        assert torch.equal(net.level(number, 0)[1], module.site.weight_OI)
+        assert torch.equal(net.level(number, 0)[1], module.consumer.weight_OI)
         losses = net.losses[number]
         assert losses[0] == 0 and losses[-1] == pytest.approx(1) and list(losses) == sorted(losses)
     stored = sum(len(shelf.whole) for shelf in net.shelves.values())
@@ -135,7 +134,7 @@ def test_candidates_are_put_in_place_and_taken_back() -> None:
     case = _case()
     net = case.supernet()
     for number, rack in enumerate(net.groups):
-        site, size = rack.module.site, rack.module.group_size
+        site, size = rack.module.consumer, rack.module.group_size
         for rung in (len(rack.counts) - 1, 2, 0):
             net.hold_(number, rung)
             kept_G, weight_OK = net.level(number, rung)
@@ -163,15 +162,15 @@ def test_errors_accumulate_by_the_mean_of_the_levels(sequential: bool) -> None:
         dense = [case.calibration.calls[batch][0].run(block, hidden) for batch, hidden in enumerate(inputs)]
         without = {
             number: module_levels(
-                rack.module.site.weight_OI, _gram(case.stack, dense, case.calibration, 1, rack.module.site), rack.module,
-                rack.counts,
+                rack.module.consumer.weight_OI, _gram(case.stack, dense, case.calibration, 1, rack.module.consumer),
+                rack.module, rack.counts,
             )[0]
             for number, rack in enumerate(case.racks)
             if rack.block == 1
         }  # fmt: skip
         for index in range(2):
             gram = {
-                rack.module.site.name: _gram(case.stack, inputs, case.calibration, index, rack.module.site)
+                rack.module.consumer.name: _gram(case.stack, inputs, case.calibration, index, rack.module.consumer)
                 for rack in case.racks
                 if rack.block == index
             }
@@ -180,13 +179,13 @@ def test_errors_accumulate_by_the_mean_of_the_levels(sequential: bool) -> None:
                     continue
                 module = rack.module
                 if sequential and module.kind == "ffn":  # after the attention of its block has its mean weight
-                    gram[module.site.name] = _gram(case.stack, inputs, case.calibration, index, module.site)
-                levels, _ = module_levels(module.site.weight_OI, gram[module.site.name], module, rack.counts)
+                    gram[module.consumer.name] = _gram(case.stack, inputs, case.calibration, index, module.consumer)
+                levels, _ = module_levels(module.consumer.weight_OI, gram[module.consumer.name], module, rack.counts)
                 for rung, level in enumerate(levels):
                     kept_G, weight_OK = net.level(number, rung)
                     assert torch.equal(kept_G, level.kept_G)
                     torch.testing.assert_close(weight_OK, level.weight_OK, rtol=1e-3, atol=1e-5)
-                module.site.weight_OI.copy_(expectation(levels, module.num_groups, module.group_size))
+                module.consumer.weight_OI.copy_(expectation(levels, module.num_groups, module.group_size))
             block = case.stack.blocks[index]
             inputs = [case.calibration.calls[batch][index].run(block, hidden) for batch, hidden in enumerate(inputs)]
             if not index:
@@ -206,7 +205,7 @@ def test_the_mean_weight_puts_out_the_mean_of_the_levels(kind: str) -> None:
     net = case.supernet()
     number = next(number for number, rack in enumerate(net.groups) if rack.module.kind == kind)
     rack = net.groups[number]
-    site, width = rack.module.site, rack.module.num_groups
+    site, width = rack.module.consumer, rack.module.num_groups
     outputs: list[Tensor] = []
     handle = site.module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     call, hidden = case.calibration.calls[0][0], case.calibration.hidden[0]
@@ -266,16 +265,15 @@ def test_other_families(family: str) -> None:
     ends = ("attn.c_proj", "mlp.c_proj") if family == "gpt2" else ("o_proj", "down_proj")
     if family == "gpt2":
         model.config.num_key_value_heads = model.config.n_head
-    blocks = _modules(model, stack, ends)
-    modules = [module for found in blocks for module in found]
+    modules = _by_names(model, stack, ends)
     assert len(modules) == 2 * len(stack.blocks)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    net = Supernet(stack, racks_of(blocks, grid(modules, centres(modules, 0.5), 1)))
+    net = Supernet(stack, racks_of(modules, grid(modules, centres(modules, 0.5), 1)))
     assert len(list(net.fill(record(model, stack, [_ids()]), CPU))) == len(stack.blocks)
     for number, rack in enumerate(net.groups):
         net.hold_(number, len(rack.counts) - 1)
         removed = rack.counts[-1] * rack.module.group_size
-        assert int((rack.module.site.weight_OI == 0).all(0).sum()) == removed > 0
+        assert int((rack.module.consumer.weight_OI == 0).all(0).sum()) == removed > 0
     net.restore_()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
@@ -284,18 +282,18 @@ def test_dead_inputs_go_first_and_keep_their_weights() -> None:
     """Two channels that were never active: first to go; where one stays, it is as it was. Fewer tokens than inputs."""
     model = tiny.make_model(intermediate_size=64)
     stack = probe(model, find_stack(model), _ids()[:1])
-    module = _modules(model, stack)[0][1]
+    module = find_units(model, stack).modules[1]
     x_TI = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
     x_TI[:, [3, 40]] = 0
     stats = LinearStats(64, Need.GRAM, CPU)
     stats.update(x_TI)
-    levels, whole = module_levels(module.site.weight_OI, stats, module, [0, 1, 2, 8])
-    assert torch.equal(levels[0].weight_OK, module.site.weight_OI)
+    levels, whole = module_levels(module.consumer.weight_OI, stats, module, [0, 1, 2, 8])
+    assert torch.equal(levels[0].weight_OK, module.consumer.weight_OI)
     gone = set(range(64)) - set(levels[1].kept_G.tolist())
     assert gone < {3, 40} and set(range(64)) - set(levels[2].kept_G.tolist()) == {3, 40}
     (stays,) = {3, 40} - gone
     column = levels[1].kept_G.tolist().index(stays)
-    assert torch.equal(levels[1].weight_OK[:, column], module.site.weight_OI[:, stays])
+    assert torch.equal(levels[1].weight_OK[:, column], module.consumer.weight_OI[:, stays])
     assert levels[2].loss == pytest.approx(0, abs=1e-9 * whole) and 0 < levels[3].loss < whole
     assert all(bool(torch.isfinite(level.weight_OK).all()) for level in levels)
 
@@ -306,7 +304,7 @@ def test_what_cannot_be_solved_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
     stats = LinearStats(128, Need.GRAM, CPU)
     stats.sq_I[3] = float("inf")
     with pytest.raises(NonFiniteError, match="overflow"):
-        module_levels(case.modules[1].site.weight_OI, stats, case.modules[1], [0])
+        module_levels(case.modules[1].consumer.weight_OI, stats, case.modules[1], [0])
 
     def indefinite(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
         return -torch.eye(len(gram_II), dtype=torch.float64), damping
@@ -369,7 +367,7 @@ def test_the_search_ends_no_worse_and_on_its_budget(sparsity: float) -> None:
         assert sum(engine.counts[number] for number in pair) == sum(wanted[number] for number in pair)
     assert sum(wanted[1::2]) == sparsity * 256
     for module, count, kept_G in zip(case.modules, engine.counts, engine.kept, strict=True):
-        gone_G = ~(module.site.weight_OI.unflatten(1, (-1, module.group_size)) != 0).any(2).any(0)
+        gone_G = ~(module.consumer.weight_OI.unflatten(1, (-1, module.group_size)) != 0).any(2).any(0)
         assert int(gone_G.sum()) == count == module.num_groups - len(kept_G) and not gone_G[kept_G].any()
     for curve in engine.curves:
         assert all(after < before for (_, before), (_, after) in itertools.pairwise(curve))
