@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack, stubbed
@@ -131,13 +132,7 @@ def replay_head(model: PreTrainedModel, stack: Stack, ids_NS: Tensor, hidden_NSH
     def swap(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (hidden_NSH.to(args[0].device), *args[1:])
 
-    handle = head.register_forward_pre_hook(swap)
-    try:
-        with stubbed(stack):
-            logits: Tensor = model(input_ids=ids_NS, use_cache=False).logits
-            return logits
-    finally:
-        handle.remove()
+    return _stubbed_logits(model, stack, ids_NS, head.register_forward_pre_hook(swap))
 
 
 def replay_tail(model: PreTrainedModel, stack: Stack, ids_NS: Tensor, hidden_NSH: Tensor) -> Tensor:
@@ -148,7 +143,11 @@ def replay_tail(model: PreTrainedModel, stack: Stack, ids_NS: Tensor, hidden_NSH
             return hidden_NSH.to(output.device)
         return (hidden_NSH.to(output[0].device), *output[1:])
 
-    handle = stack.blocks[-1].register_forward_hook(swap)
+    return _stubbed_logits(model, stack, ids_NS, stack.blocks[-1].register_forward_hook(swap))
+
+
+def _stubbed_logits(model: PreTrainedModel, stack: Stack, ids_NS: Tensor, handle: RemovableHandle) -> Tensor:
+    """The logits [N, S, V] with all blocks stubbed, while a hook puts in hidden states; the hook goes."""
     try:
         with stubbed(stack):
             logits: Tensor = model(input_ids=ids_NS, use_cache=False).logits
