@@ -39,10 +39,12 @@ class Cut:
     Attributes:
         kept_G: indices of the groups, rising, int64; none of them takes the whole module out.
         weight_OK: the consumer's weights for their columns, or None for those it has.
+        bias_O: the consumer's bias, also where it had none, or None for the one it has.
     """
 
     kept_G: Tensor
     weight_OK: Tensor | None = None
+    bias_O: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,13 @@ class NoFFN(nn.Module):
 
 @torch.no_grad()
 def mask_(module: Module, cut: Cut) -> None:
-    """Write zeros into the consumer's columns of the groups that go, and its new weights; no shape changes."""
+    """Write zeros into the consumer's columns of the groups that go, and its new weights and bias; no shape changes."""
     weight_OI = module.consumer.weight_OI
     columns_K = _kept_columns(module, cut).to(weight_OI.device)
     kept_OK = weight_OI[:, columns_K] if cut.weight_OK is None else cut.weight_OK.to(weight_OI)
     weight_OI.zero_()
     weight_OI[:, columns_K] = kept_OK
+    _set_bias_(module.consumer, cut.bias_O)
 
 
 @torch.no_grad()
@@ -105,6 +108,7 @@ def slice_(model: PreTrainedModel, module: Module, cut: Cut) -> None:
     """
     columns_K = _kept_columns(module, cut)
     owner = model.get_submodule(module.name)
+    _set_bias_(module.consumer, cut.bias_O)
     if not len(cut.kept_G):
         bias_O = module.consumer.module.bias
         assert bias_O is None or isinstance(bias_O, nn.Parameter)
@@ -230,6 +234,13 @@ def _set_weight_(site: Site, weight_OI: Tensor) -> None:
     assert isinstance(linear, nn.Linear)
     linear.weight = nn.Parameter(weight_OI.clone(memory_format=torch.contiguous_format), linear.weight.requires_grad)
     linear.out_features, linear.in_features = weight_OI.shape
+
+
+def _set_bias_(site: Site, bias_O: Tensor | None) -> None:
+    if bias_O is not None:
+        weight_OI = site.weight_OI
+        assert bias_O.shape == weight_OI.shape[:1], "a bias of the outputs"
+        site.module.bias = nn.Parameter(bias_O.to(weight_OI, copy=True), getattr(site.module, site.parameter).requires_grad)
 
 
 def _keep_rows_(site: Site, rows_R: Tensor) -> None:
