@@ -22,6 +22,7 @@ from llmprune.errors import DiskFull, OutputError
 from llmprune.io.journal import sync_and_hash, sync_directory, write_durably
 from llmprune.io.render import render_card, render_html
 from llmprune.report import Report
+from llmprune.structured.free import CODE, is_free, modeling_code
 
 MANIFEST = "llmprune.json"
 _COPIED_FILES = (
@@ -107,6 +108,8 @@ def save_weights(
 ) -> None:
     """Write weights, config and tokenizer to ``folder``; what pruning does not change is copied from ``source`` byte for byte.
 
+    Where the config lists the shapes of a sliced model, the code that builds it is written beside it.
+
     Args:
         code: also copy the modelling code the source ships (it was loaded with remote code allowed); without, what was
             loaded is transformers' own class, and the checkpoint does not refer to code it does not hold.
@@ -126,6 +129,19 @@ def save_weights(
             _drop_code(folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if is_free(model.config):
+        _add_code(model, folder)
+
+
+def _add_code(model: PreTrainedModel, folder: Path) -> None:
+    """Write the code that builds a model of free widths, and name its class in config.json."""
+    text, name = modeling_code(model)
+    (folder / f"{CODE}.py").write_text(text, encoding="utf-8")
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["architectures"] = [name]
+    content["auto_map"] = (content.get("auto_map") or {}) | {"AutoModelForCausalLM": f"{CODE}.{name}"}
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _drop_code(folder: Path) -> None:

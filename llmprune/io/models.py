@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -46,6 +47,8 @@ from llmprune.errors import (
 from llmprune.io.headers import TensorHeader, read_header
 from llmprune.io.packed import bytes_when_dense, bytes_when_packed, read_packing
 from llmprune.spec import BUNDLED_MODEL, PACKING_METHOD, PruneConfig, describe
+from llmprune.structured.free import check_shapes, is_free, pruned_class, shape_errors
+from llmprune.structured.modeling import FIELD, reshape_
 from llmprune_kernels.legacy import FORMAT as LEGACY_FORMAT
 
 BUNDLED_PATH = Path(__file__).parent.parent / "demo_model"
@@ -213,13 +216,26 @@ def load_config(path: Path, config: PruneConfig, *, quantized: bool = False) -> 
     if quantized:
         for name in ("quantization_config", "compression_config"):
             loaded.__dict__.pop(name, None)
+    if is_free(loaded):
+        check_shapes(getattr(loaded, FIELD), config.model)
+        if not config.trust_remote_code:
+            loaded.__dict__.pop("auto_map", None)  # its own code is not needed here
     return loaded
 
 
 def build_empty(transformers_config: Any, config: PruneConfig) -> PreTrainedModel:
-    """The model of a config with weights on ``meta``: only names and shapes."""
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(transformers_config, trust_remote_code=config.trust_remote_code)
+    """The model of a config with weights on ``meta``: only names and shapes.
+
+    Raises:
+        CorruptCheckpoint: the config lists shapes that do not fit the class.
+    """
+    with shape_errors(transformers_config, config.model):
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(transformers_config, trust_remote_code=config.trust_remote_code)
+        if is_free(model.config) and not hasattr(model, "stock_class"):  # whose own code has done so
+            reshape_(model, getattr(model.config, FIELD))
+    model.tie_weights()  # what is shared was taken apart on its way to meta
+    return model
 
 
 def _judge(facts: _Facts, config: PruneConfig) -> None:
@@ -270,10 +286,14 @@ def load_model(source: Source, config: PruneConfig, device: torch.device, *, pac
     Raises:
         CorruptCheckpoint: tensors are missing, unreadable or of other shapes: the model would be partly random.
     """
-    transformers_config = load_config(source.path, config)
+    transformers_config, loader = load_config(source.path, config), AutoModelForCausalLM
+    if is_free(transformers_config):
+        empty = build_empty(copy.deepcopy(transformers_config), config)
+        if not hasattr(empty, "stock_class"):
+            loader, transformers_config = pruned_class(type(empty)), empty.config
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             source.path, config=transformers_config, dtype=dtype, device_map={"": device}, use_safetensors=True,
             trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -283,6 +303,8 @@ def load_model(source: Source, config: PruneConfig, device: torch.device, *, pac
         raise CorruptCheckpoint(
             f"the weights of {source.name!r} cannot be read ({one_line(error)}). Download them again."
         ) from None
+    if loader is not AutoModelForCausalLM:
+        model.__class__ = loader.stock_class  # the other was there for its constructor
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"], key=str)
         raise CorruptCheckpoint(

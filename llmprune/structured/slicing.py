@@ -2,8 +2,8 @@
 
 A cut says which groups of a module stay. :func:`mask_` writes zeros, :func:`slice_` makes the matrices smaller, and
 :func:`slice_model_` does one after the other and compares. Where all layers are cut to the same widths the config can say so
-(:mod:`llmprune.structured.widths`), and the checkpoint is one for the stock class; else the model works as it lies in
-memory.
+(:mod:`llmprune.structured.widths`), and the checkpoint is one for the stock class; else the config lists every shape
+(:mod:`llmprune.structured.free`).
 
 O out, I in features; K columns kept, G groups kept, S sequence, N sequences, H hidden.
 """
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.anatomy.blocks import HIDDEN
 from llmprune.anatomy.sites import Site
 from llmprune.errors import UnsupportedModel
+from llmprune.structured.modeling import NoAttention, NoFFN
 from llmprune.structured.path import columns_of
 from llmprune.structured.units import HEAD_COUNTS, KV_HEAD_COUNTS, Module
 from llmprune.structured.widths import FFN_WIDTHS, fields_of
@@ -54,38 +55,6 @@ class Reference:
     input_ids_NS: Tensor
     hidden: dict[str, Tensor]
     outputs: dict[str, Any]
-
-
-class NoAttention(nn.Module):
-    """An attention without heads: it adds nothing but the bias of its output projection.
-
-    A KV cache counts its tokens by what the layers put into it, the first above all, so this one puts in a single zero a token.
-    """
-
-    def __init__(self, bias_O: nn.Parameter | None, layer_idx: int | None) -> None:
-        super().__init__()
-        self.bias, self.layer_idx = bias_O, layer_idx
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """Zeros, or the bias, in the shape of the hidden state; no attention weights."""
-        hidden_NSH = _hidden(args, kwargs)
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        if cache is not None and self.layer_idx is not None:
-            zero = hidden_NSH.new_zeros(hidden_NSH.shape[0], 1, hidden_NSH.shape[1], 1)
-            cache.update(zero, zero, self.layer_idx)
-        return _constant(hidden_NSH, self.bias), None
-
-
-class NoFFN(nn.Module):
-    """An FFN without channels: it adds nothing but the bias of its down projection."""
-
-    def __init__(self, bias_O: nn.Parameter | None) -> None:
-        super().__init__()
-        self.bias = bias_O
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Zeros, or the bias, in the shape of the hidden state."""
-        return _constant(_hidden(args, kwargs), self.bias)
 
 
 @torch.no_grad()
@@ -280,11 +249,6 @@ def _first(output: Any) -> Tensor:
     found = output[0] if isinstance(output, tuple) else output
     assert isinstance(found, Tensor)
     return found
-
-
-def _constant(hidden_NSH: Tensor, bias_O: Tensor | None) -> Tensor:
-    zero_NSH = torch.zeros_like(hidden_NSH)
-    return zero_NSH if bias_O is None else zero_NSH + bias_O
 
 
 def _differs(name: str, what: str) -> UnsupportedModel:
