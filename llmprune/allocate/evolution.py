@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmprune.allocate.dp import groups_of, zeros
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmprune.allocate import SiteFacts
     from llmprune.allocate.budget import Budget
 
-__all__ = ["Ladder", "Levels", "Search", "climb", "mutate", "zeros"]
+__all__ = ["Ladder", "Levels", "Search", "Stage", "climb", "mutate", "zeros"]
 
 RUNGS_A_SIDE = 4
 MAX_RUNGS = 2 * RUNGS_A_SIDE + 1
@@ -28,6 +28,7 @@ STEP = 0.02
 MAX_MOVES = 3
 _MAX_REPAIRS = 8
 _TRIES = 4
+_REPAIR_TRIES = 8
 
 Levels = tuple[int, ...]
 """The rung of every group."""
@@ -43,6 +44,7 @@ class Ladder:
         start: the rungs the search begins at.
         low, high: bounds of the zeros of all groups together; equal where the budget is met exactly.
         kinds: of each group; only those of one kind trade with each other. Empty: all do.
+        repeats: whether a move may take a group several rungs, as where one group's rung is worth many of another's.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -51,6 +53,7 @@ class Ladder:
     low: int
     high: int
     kinds: tuple[Hashable, ...] = ()
+    repeats: bool = True
     zeros: tuple[tuple[int, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,15 +104,15 @@ def climb(sites: Sequence[SiteFacts], counts: Sequence[int], budget: Budget) -> 
         levels = [level for level in range(-RUNGS_A_SIDE, RUNGS_A_SIDE + 1) if fits(level)]
         ladders.append(tuple(rung(level) for level in levels))
         start.append(levels.index(0))
-    return Ladder(members, tuple(ladders), tuple(start), sum(counts), sum(counts))
+    return Ladder(members, tuple(ladders), tuple(start), sum(counts), sum(counts), repeats=False)
 
 
-def mutate(ladder: Ladder, parent: Levels, rng: random.Random) -> Levels | None:
-    """The parent after min(U{1..3}, U{1..3}) moves, each of one group by a rung and of others the other way until the sum
-    of the zeros is within bounds again; None where no move exists, or the moves undo each other.
+def mutate(ladder: Ladder, parent: Levels, rng: random.Random, max_moves: int = MAX_MOVES) -> Levels | None:
+    """The parent after min(U{1..max_moves}, U{1..max_moves}) moves, each of one group by a rung and of others the other way
+    until the sum of the zeros is within bounds again; None where no move exists, or the moves undo each other.
     """
     levels = list(parent)
-    for _ in range(min(rng.randint(1, MAX_MOVES), rng.randint(1, MAX_MOVES))):
+    for _ in range(min(rng.randint(1, max_moves), rng.randint(1, max_moves))):
         if not _move_(ladder, levels, rng):
             break
     return tuple(levels) if tuple(levels) != parent else None
@@ -121,30 +124,35 @@ def _move_(ladder: Ladder, levels: list[int], rng: random.Random) -> bool:
         (group, sign) for group, level in enumerate(levels) for sign in (1, -1) if 0 <= level + sign < len(ladder.zeros[group])
     ]
     rng.shuffle(first_moves)
-    total = ladder.total(tuple(levels))
     for group, sign in first_moves:
-        moved, sum_ = {group: levels[group] + sign}, total + _change(ladder, levels, group, sign)
-        for _ in range(_MAX_REPAIRS):
-            if ladder.low <= sum_ <= ladder.high:
-                break
-            back = -1 if sum_ > ladder.high else 1
-            repairs = [
-                (other, sum_ + _change(ladder, levels, other, back))
-                for other, level in enumerate(levels)
-                if other not in moved and 0 <= level + back < len(ladder.zeros[other]) and ladder.trade(group, other)
-            ]
-            repairs = [
-                (other, after) for other, after in repairs if (after >= ladder.low if back < 0 else after <= ladder.high)
-            ]
-            if not repairs:
-                break
-            other, sum_ = rng.choice(repairs)
-            moved[other] = levels[other] + back
-        if ladder.low <= sum_ <= ladder.high:
-            for other, level in moved.items():
-                levels[other] = level
-            return True
+        for _ in range(_REPAIR_TRIES if ladder.repeats else 1):
+            moved = _moved(ladder, levels, group, sign, rng)
+            if moved is not None:
+                levels[:] = moved
+                return True
     return False
+
+
+def _moved(ladder: Ladder, levels: Sequence[int], group: int, sign: int, rng: random.Random) -> list[int] | None:
+    """The levels after one group's rung and random ones of others against it; None where they end in no allowed sum."""
+    moved, num_repairs = list(levels), 0
+    moved[group] += sign
+    sum_ = ladder.total(tuple(moved))
+    while not ladder.low <= sum_ <= ladder.high:
+        back = -1 if sum_ > ladder.high else 1
+        repairs = [
+            (other, sum_ + _change(ladder, moved, other, back))
+            for other, level in enumerate(moved)
+            if other != group and 0 <= level + back < len(ladder.zeros[other]) and ladder.trade(group, other)
+            and (ladder.repeats or level == levels[other])
+        ]  # fmt: skip
+        repairs = [(other, after) for other, after in repairs if (after >= ladder.low if back < 0 else after <= ladder.high)]
+        if not repairs or (num_repairs == _MAX_REPAIRS and not ladder.repeats):
+            return None
+        other, sum_ = rng.choice(repairs)
+        moved[other] += back
+        num_repairs += 1
+    return moved
 
 
 def _change(ladder: Ladder, levels: Sequence[int], group: int, sign: int) -> int:
@@ -153,72 +161,133 @@ def _change(ladder: Ladder, levels: Sequence[int], group: int, sign: int) -> int
 
 
 class Fitness(Protocol):
-    """Divergences of candidates, all on one set of tokens: a small one drawn by ``rng``, or the same whole one always."""
+    """Divergences of candidates, all on one set of tokens: drawn by ``rng``, or the same whole one always."""
 
-    def __call__(self, candidates: Sequence[Levels], rng: random.Random | None) -> list[float]:
-        """In nats; ``rng`` None asks for the whole set."""
+    def __call__(self, candidates: Sequence[Levels], rng: random.Random | None, num_tokens: int | None = None) -> list[float]:
+        """In nats; ``rng`` None asks for the whole set. The draw is the same for any candidates, of ``num_tokens`` tokens, or
+        without that of as many as the fitness likes.
+        """
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One measurement of a generation's candidates, on tokens they share.
+
+    Attributes:
+        num_tokens: how many are drawn; None leaves it to the fitness. The last stage draws none: it has the whole fixed set.
+        survivors: the best so many go on; after the last one the best alone, where it beats the parent.
+    """
+
+    num_tokens: int | None
+    survivors: int
 
 
 @dataclass
 class Search:
     """A (1 + lambda) search with elitism: the parent gives way only to a better candidate, so the curve never rises.
 
-    Departures from the paper: the last stage measures on one fixed set of tokens, so that the parent need not be measured
-    again and the end is never worse than the start; what was measured there once is not a candidate again; two stages.
+    Departures from the papers: the last stage measures on one fixed set of tokens, so that the parent need not be measured
+    again and the end is never worse than the start; what was measured there once is not a candidate again.
 
     Attributes:
         generations: how many.
         offspring: candidates a generation, all different.
-        survivors: how many of them are measured on the whole set.
         seed: of every random choice.
+        stages: of a generation's selection, the last one on the whole fixed set; empty: one before it, of as many tokens as
+            the fitness likes, that keeps an eighth of the offspring.
+        max_moves: 3 as EvoPress has it, 4 as Týr-the-Pruner (see :func:`mutate`).
+        parent: the best levels so far.
+        best: their divergence, in nats.
+        curve: (generation, best divergence) where it fell.
     """
 
     ladder: Ladder
     generations: int
     offspring: int
     seed: int
+    stages: tuple[Stage, ...] = ()
+    max_moves: int = MAX_MOVES
     num_evaluated: int = 0
     num_generations: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
+    parent: Levels = field(init=False)
+    best: float = field(init=False, default=math.inf)
+
+    def __post_init__(self) -> None:
+        self.stages = self.stages or (Stage(None, max(1, self.offspring // 8)), Stage(None, 1))
+        assert self.stages[-1].num_tokens is None and all(stage.survivors >= 1 for stage in self.stages)
+        self.parent = self.ladder.start
+        self._known: set[Levels] = set()
+        self._rng = random.Random(self.seed)
 
     @property
     def survivors(self) -> int:
-        """An eighth of the offspring, as in the paper."""
-        return max(1, self.offspring // 8)
+        """Candidates a generation measured on the whole set, at most."""
+        return min([self.offspring, *(stage.survivors for stage in self.stages[:-1])])
 
     def run(self, fitness: Fitness) -> Generator[int, None, Levels]:
         """Search; yields the number of generations done, ends early where nothing is left to try, returns the best."""
-        rng = random.Random(self.seed)
-        parent = self.ladder.start
-        (best,) = fitness([parent], None)
-        known = {parent}
-        self.curve.append((0, best))
-        self.num_evaluated = 1
-        for generation in range(1, self.generations + 1):
-            candidates = self._candidates(parent, known, rng)
+        if not self._known:
+            self.best = _ranked(fitness([self.parent], None))[0]
+            self._known = {self.parent}
+            self.curve.append((0, self.best))
+            self.num_evaluated = 1
+        for generation in range(self.num_generations + 1, self.generations + 1):
+            before = self._rng.getstate()
+            candidates = self._candidates()
             if not candidates:
+                self._rng.setstate(before)  # as if never tried, for a snapshot taken now
                 break
+            self._select_(candidates, fitness)
             self.num_generations = generation
-            self.num_evaluated += len(candidates)
-            if len(candidates) > self.survivors:
-                rough = fitness(candidates, rng)
-                order = sorted(range(len(candidates)), key=lambda number: rough[number])
-                candidates = [candidates[number] for number in order[: self.survivors]]
-            known.update(candidates)
-            for candidate, divergence in zip(candidates, fitness(candidates, None), strict=True):
-                if divergence < best:
-                    parent, best = candidate, divergence
-            if best < self.curve[-1][1]:
-                self.curve.append((generation, best))
+            if self.best < self.curve[-1][1]:
+                self.curve.append((generation, self.best))
             yield generation
-        return parent
+        return self.parent
 
-    def _candidates(self, parent: Levels, known: set[Levels], rng: random.Random) -> list[Levels]:
+    def snapshot(self) -> dict[str, Any]:
+        """What :meth:`restore_` needs, as JSON has it; before :meth:`run` or after any of its yields."""
+        version, numbers, gauss = self._rng.getstate()
+        return {
+            "parent": list(self.parent), "best": self.best, "generation": self.num_generations,
+            "curve": [list(point) for point in self.curve], "num_evaluated": self.num_evaluated,
+            "known": sorted(list(levels) for levels in self._known), "rng": [version, list(numbers), gauss],
+        }  # fmt: skip
+
+    def restore_(self, state: Mapping[str, Any]) -> None:
+        """Before :meth:`run`, of a search with the same settings: go on from a snapshot, exactly as if never stopped."""
+        self.parent, self.best = tuple(state["parent"]), state["best"]
+        self.num_generations, self.num_evaluated = state["generation"], state["num_evaluated"]
+        self.curve[:] = [(generation, divergence) for generation, divergence in state["curve"]]
+        self._known = {tuple(levels) for levels in state["known"]}
+        version, numbers, gauss = state["rng"]
+        self._rng.setstate((version, tuple(numbers), gauss))
+
+    def _select_(self, candidates: list[Levels], fitness: Fitness) -> None:
+        """The stages of one generation; the parent gives way where the best of the last one is better."""
+        self.num_evaluated += len(candidates)
+        for stage in self.stages[:-1]:
+            if len(candidates) > stage.survivors:
+                draw = {} if stage.num_tokens is None else {"num_tokens": stage.num_tokens}
+                rough = _ranked(fitness(candidates, self._rng, **draw))
+                order = sorted(range(len(candidates)), key=lambda number: rough[number])
+                candidates = [candidates[number] for number in order[: stage.survivors]]
+        self._known.update(candidates)
+        for candidate, divergence in zip(candidates, _ranked(fitness(candidates, None)), strict=True):
+            if divergence < self.best:
+                self.parent, self.best = candidate, divergence
+
+    def _candidates(self) -> list[Levels]:
         found: dict[Levels, None] = {}
         for _ in range(_TRIES * self.offspring):
-            candidate = mutate(self.ladder, parent, rng)
-            if candidate is not None and candidate not in known:
+            candidate = mutate(self.ladder, self.parent, self._rng, self.max_moves)
+            if candidate is not None and candidate not in self._known:
                 found[candidate] = None
             if len(found) == self.offspring:
                 break
         return list(found)
+
+
+def _ranked(divergences: Sequence[float]) -> list[float]:
+    """NaN is worse than anything."""
+    return [math.inf if math.isnan(divergence) else divergence for divergence in divergences]

@@ -87,7 +87,7 @@ class Menu:
         )
         start = tuple(self.choose(sites))
         total = sum(counts[level] for counts, level in zip(self.zeros, start, strict=True))
-        return Ladder(self.members, counts, start, self.low, max(self.high, total))
+        return Ladder(self.members, counts, start, self.low, max(self.high, total), repeats=False)
 
     def choose(self, sites: Sequence[SiteFacts]) -> list[int]:
         """The choice of each group with the least sum of distortions."""

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from llmprune.allocate.dp import minimize
-from llmprune.allocate.evolution import Ladder, Levels
 from llmprune.anatomy.blocks import Recording
 from llmprune.anatomy.sites import Site
 from llmprune.devices import module_device, placed
@@ -28,7 +26,7 @@ from llmprune.errors import FactorizationError, NonFiniteError, UnsupportedModel
 from llmprune.linalg import damped
 from llmprune.spec import Need, PruneConfig
 from llmprune.stats import LinearStats
-from llmprune.structured.levels import chunk_of, quantum_of, trade_of, trades_of
+from llmprune.structured.levels import chunk_of
 from llmprune.structured.path import Criterion, Level, columns_of, expectation, nested_path
 from llmprune.structured.units import Module
 
@@ -196,30 +194,3 @@ def level_bytes(racks: Sequence[Rack]) -> int:
         weights = site.numel + site.shape[0] * kept * rack.module.group_size
         total += site.stored.element_size() * weights + 4 * sum(width - count for count in rack.counts)
     return total
-
-
-def ladder_of(racks: Sequence[Rack], start: Levels) -> Ladder:
-    """What the search moves on: rungs in groups removed, traded within a kind only, the sum of each kind as at the start."""
-    modules = [rack.module for rack in racks]
-    counts = tuple(tuple((count,) for count in rack.counts) for rack in racks)
-    total = sum(rack.counts[level] for rack, level in zip(racks, start, strict=True))
-    members = tuple((number,) for number in range(len(racks)))
-    return Ladder(members, counts, start, total, total, kinds=tuple(trade_of(module) for module in modules))
-
-
-def least_loss(racks: Sequence[Rack], losses: Sequence[Sequence[float]], start: Levels) -> Levels:
-    """The levels of the least sum of relative losses among those that remove as many groups of each kind as ``start``: exact
-    dynamic programming over each kind.
-    """
-    levels = list(start)
-    modules = [rack.module for rack in racks]
-    for indices in trades_of(modules).values():
-        quantum = quantum_of([modules[index] for index in indices])
-        options = [
-            [(count // quantum, loss) for count, loss in zip(racks[index].counts, losses[index], strict=True)]
-            for index in indices
-        ]
-        total = sum(racks[index].counts[start[index]] for index in indices)
-        for index, units in zip(indices, minimize(options, total // quantum), strict=True):
-            levels[index] = racks[index].counts.index(units * quantum)
-    return tuple(levels)

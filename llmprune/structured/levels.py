@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 Kind = Literal["attention", "ffn"]
 LEVELS_A_SIDE = 4
-MAX_LEVELS = 2 * LEVELS_A_SIDE + 1
+"""From the second iteration on."""
 STEPS_A_WIDTH = 8
 """Steps of the first iteration in a whole module; every iteration halves them."""
 CHANNELS = 32
@@ -56,13 +56,16 @@ def trades_of(modules: Sequence[Grouped]) -> dict[Trade, list[int]]:
     return found
 
 
-def quantum_of(modules: Sequence[Grouped]) -> int:
-    """Groups that go at once at least, in all modules of one trade: 1 of attention; of an FFN the largest power of two up to 32
-    channels that divides every width and is no more than an eighth of it (1 where none is).
+def quantum_of(modules: Sequence[Grouped], channels: int = CHANNELS) -> int:
+    """Groups that go at once at least, in all modules of one trade: 1 of attention; of an FFN the largest power of two up to
+    ``channels`` that divides every width and is no more than an eighth of it (1 where none is).
+
+    Args:
+        channels: a power of two.
     """
     if modules[0].kind == "attention":
         return 1
-    quantum = CHANNELS
+    quantum = channels
     while quantum > 1 and any(module.num_groups % quantum or STEPS_A_WIDTH * quantum > module.num_groups for module in modules):
         quantum //= 2
     return quantum
@@ -110,8 +113,11 @@ def centres(modules: Sequence[Grouped], sparsity: float) -> list[int]:
 
 
 def grid(modules: Sequence[Grouped], counts: Sequence[int], iteration: int) -> list[tuple[int, ...]]:
-    """The numbers of groups to remove at every level of each module, rising: the centre ``counts`` and up to four steps on each
-    side of it, the last of them cut off at none and at all of the groups.
+    """The numbers of groups to remove at every level of each module, rising: the centre ``counts`` and steps on each side of
+    it, the last of them cut off at none and at all of the groups.
+
+    In the first iteration the steps, an eighth wide, go from none to all of the groups whatever the centre; the levels beyond
+    the paper's four above it hold few columns, and without them nothing is known of sparser models. Later four a side.
     """
     assert len(counts) == len(modules)
     levels: list[tuple[int, ...]] = [()] * len(modules)
@@ -120,7 +126,8 @@ def grid(modules: Sequence[Grouped], counts: Sequence[int], iteration: int) -> l
         for index in indices:
             width, centre = modules[index].num_groups, counts[index]
             assert 0 <= centre <= width
-            around = (centre + number * step for number in range(-LEVELS_A_SIDE, LEVELS_A_SIDE + 1))
+            reach = -(-width // step) if iteration == 1 else LEVELS_A_SIDE
+            around = (centre + number * step for number in range(-reach, reach + 1))
             levels[index] = tuple(sorted({min(max(count, 0), width) for count in around}))
     return levels
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,32 +14,21 @@ import tiny
 from families import tiny_model
 from llmprune.anatomy.blocks import Recording, Stack, find_stack, probe, record
 from llmprune.anatomy.sites import Site
-from llmprune.devices import free_bytes
-from llmprune.engines import evolution, supernet, tyr
-from llmprune.engines.evolution import Divergence, Logits
+from llmprune.engines import supernet
 from llmprune.engines.layerwise import Walk
 from llmprune.engines.supernet import (
     Supernet,
-    ladder_of,
-    least_loss,
     level_bytes,
     module_levels,
     racks_of,
 )
-from llmprune.engines.tyr import Tyr
 from llmprune.errors import FactorizationError, NonFiniteError, UnsupportedModel
-from llmprune.measure.quality import replay_tail
 from llmprune.spec import Need
 from llmprune.stats import LinearStats
 from llmprune.structured.levels import centres, grid
 from llmprune.structured.path import expectation
 from llmprune.structured.units import Module, find_units
-
-CPU = torch.device("cpu")
-
-
-def _ids(seed: int = 0) -> Tensor:
-    return torch.randint(3, 100, (6, 32), generator=torch.Generator().manual_seed(seed))
+from supernet_case import CPU, ids, make_case
 
 
 def _by_names(model: PreTrainedModel, stack: Stack, ends: tuple[str, str]) -> list[Module]:
@@ -58,47 +43,6 @@ def _by_names(model: PreTrainedModel, stack: Stack, ends: tuple[str, str]) -> li
     return [module(index, site) for index, sites in enumerate(stack.sites) for site in sites if site.name.endswith(ends)]
 
 
-class Case:
-    """A model, its recordings, and the levels of an iteration at a sparsity."""
-
-    def __init__(self, model: PreTrainedModel, sparsity: float = 0.5, iteration: int = 1) -> None:
-        self.model = model
-        self.stack = probe(model, find_stack(model), _ids()[:1])
-        self.modules = find_units(model, self.stack).modules
-        self.calibration = record(model, self.stack, list(_ids().split(4)))
-        self.texts = record(model, self.stack, list(_ids(1).split(3)))
-        self.counts = centres(self.modules, sparsity)
-        self.racks = racks_of(self.modules, grid(self.modules, self.counts, iteration))
-        self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-    def supernet(self, **fields: Any) -> Supernet:
-        made = Supernet(self.stack, self.racks, **fields)
-        assert list(made.fill(self.calibration, CPU)) == [1, 2]
-        return made
-
-    def unchanged(self) -> bool:
-        return all(torch.equal(parameter, self.before[name]) for name, parameter in self.model.named_parameters())
-
-    def tyr(self, sparsity: float = 0.25, **fields: Any) -> Tyr:
-        @contextmanager
-        def head() -> Iterator[Logits]:
-            yield lambda chunk, hidden_NSH: replay_tail(self.model, self.stack, _ids(1).split(3)[chunk], hidden_NSH)
-
-        fields = {"iterations": 2, "generations": 4, "offspring": 8, **fields}
-        return Tyr(self.stack, self.modules, self.calibration, self.texts, CPU, head, sparsity, **fields)
-
-    @torch.no_grad()
-    def kl(self, dense: PreTrainedModel) -> float:
-        ours, theirs = (
-            F.log_softmax(model(input_ids=_ids(1), use_cache=False).logits.float(), dim=-1) for model in (self.model, dense)
-        )
-        return float(F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean())
-
-
-def _case(*, kv_heads: int = 4, **fields: Any) -> Case:
-    return Case(tiny.make_model(num_key_value_heads=kv_heads), **fields)
-
-
 def _gram(stack: Stack, hidden: Sequence[Tensor], calls: Recording, index: int, site: Site) -> LinearStats:
     """Of a site's inputs on these hidden states, by a hook."""
     stats = LinearStats(site.shape[1], Need.GRAM, CPU)
@@ -111,7 +55,7 @@ def _gram(stack: Stack, hidden: Sequence[Tensor], calls: Recording, index: int, 
 
 def test_levels_are_nested_and_their_columns_alone_are_stored() -> None:
     """Every level has as many groups as asked, among those of the one below; level 0 is the weight, bit for bit."""
-    case = _case()
+    case = make_case()
     net = case.supernet()
     assert case.unchanged() and len(net.groups) == 4
     for number, rack in enumerate(net.groups):
@@ -131,7 +75,7 @@ def test_levels_are_nested_and_their_columns_alone_are_stored() -> None:
 
 def test_candidates_are_put_in_place_and_taken_back() -> None:
     """The columns of the groups that go are zero, the others the level's; what is not asked for stays dense."""
-    case = _case()
+    case = make_case()
     net = case.supernet()
     for number, rack in enumerate(net.groups):
         site, size = rack.module.consumer, rack.module.group_size
@@ -154,7 +98,7 @@ def test_errors_accumulate_by_the_mean_of_the_levels(sequential: bool) -> None:
     """Block 1 is pruned on what block 0 puts out with the mean weights, not on the dense model's: its levels are those of the
     path on the Gram matrix of such a forward, taken here by hand.
     """
-    case = _case()
+    case = make_case()
     net = case.supernet(sequential=sequential)
     inputs = [hidden.detach() for hidden in case.calibration.hidden]
     with torch.no_grad():
@@ -201,7 +145,7 @@ def test_the_mean_weight_puts_out_the_mean_of_the_levels(kind: str) -> None:
     """In the live block: with one module's mean weight it puts out the average of what it does with each of its levels, by
     their shares of kept groups; an attention's through the residual alone.
     """
-    case = _case()
+    case = make_case()
     net = case.supernet()
     number = next(number for number, rack in enumerate(net.groups) if rack.module.kind == kind)
     rack = net.groups[number]
@@ -228,7 +172,7 @@ def test_the_mean_weight_puts_out_the_mean_of_the_levels(kind: str) -> None:
 
 def test_in_memory_and_on_disk_are_the_same(tmp_path: Path) -> None:
     """Files, mapped; bit-equal levels, and nothing left of the shelves in memory."""
-    case = _case()
+    case = make_case()
     memory, disk = case.supernet(), case.supernet(directory=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block0", "block1"]
     assert memory.losses == disk.losses
@@ -240,7 +184,7 @@ def test_in_memory_and_on_disk_are_the_same(tmp_path: Path) -> None:
 
 def test_the_model_is_dense_after_an_error_and_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised while block 1 runs with its mean weights; and whenever the generator hands over."""
-    case = _case()
+    case = make_case()
     net = Supernet(case.stack, case.racks)
     advance, held = Walk.advance, []
 
@@ -261,7 +205,7 @@ def test_the_model_is_dense_after_an_error_and_between_blocks(monkeypatch: pytes
 def test_other_families(family: str) -> None:
     """A transposed Conv1D, and blocks whose arguments differ; the dense weights come back."""
     model = tiny_model(family)
-    stack = probe(model, find_stack(model), _ids()[:1])
+    stack = probe(model, find_stack(model), ids()[:1])
     ends = ("attn.c_proj", "mlp.c_proj") if family == "gpt2" else ("o_proj", "down_proj")
     if family == "gpt2":
         model.config.num_key_value_heads = model.config.n_head
@@ -269,7 +213,7 @@ def test_other_families(family: str) -> None:
     assert len(modules) == 2 * len(stack.blocks)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     net = Supernet(stack, racks_of(modules, grid(modules, centres(modules, 0.5), 1)))
-    assert len(list(net.fill(record(model, stack, [_ids()]), CPU))) == len(stack.blocks)
+    assert len(list(net.fill(record(model, stack, [ids()]), CPU))) == len(stack.blocks)
     for number, rack in enumerate(net.groups):
         net.hold_(number, len(rack.counts) - 1)
         removed = rack.counts[-1] * rack.module.group_size
@@ -281,7 +225,7 @@ def test_other_families(family: str) -> None:
 def test_dead_inputs_go_first_and_keep_their_weights() -> None:
     """Two channels that were never active: first to go; where one stays, it is as it was. Fewer tokens than inputs."""
     model = tiny.make_model(intermediate_size=64)
-    stack = probe(model, find_stack(model), _ids()[:1])
+    stack = probe(model, find_stack(model), ids()[:1])
     module = find_units(model, stack).modules[1]
     x_TI = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
     x_TI[:, [3, 40]] = 0
@@ -300,7 +244,7 @@ def test_dead_inputs_go_first_and_keep_their_weights() -> None:
 
 def test_what_cannot_be_solved_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations beyond fp32, a matrix that is not positive definite, and a module that no token reached."""
-    case = _case()
+    case = make_case()
     stats = LinearStats(128, Need.GRAM, CPU)
     stats.sq_I[3] = float("inf")
     with pytest.raises(NonFiniteError, match="overflow"):
@@ -319,116 +263,16 @@ def test_what_cannot_be_solved_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
     assert case.unchanged()
 
 
-def test_the_least_loss_keeps_the_budgets() -> None:
-    """By brute force over the four modules of two blocks; attention and FFN keep their sums."""
-    case = _case()
-    net = case.supernet()
-    centre = tuple(rack.counts.index(count) for rack, count in zip(case.racks, case.counts, strict=True))
-    found = least_loss(net.groups, net.losses, centre)
-    for pair in ((0, 2), (1, 3)):
-        counts = [net.groups[number].counts for number in pair]
-        total = sum(own[centre[number]] for own, number in zip(counts, pair, strict=True))
-        assert sum(own[found[number]] for own, number in zip(counts, pair, strict=True)) == total
-        best = min(
-            net.losses[pair[0]][one] + net.losses[pair[1]][other]
-            for one, first in enumerate(counts[0])
-            for other, second in enumerate(counts[1])
-            if first + second == total
-        )
-        assert sum(net.losses[number][found[number]] for number in pair) == pytest.approx(best)
-    assert ladder_of(net.groups, centre).kinds == (("attention", 16), ("ffn", 1)) * 2
-
-
 def test_a_candidate_is_what_a_whole_forward_says() -> None:
     """Its divergence on the model is that of a masked copy; the dense model's is 0."""
-    case = _case()
+    case = make_case()
     net = case.supernet()
-    measure = Divergence(case.stack, net, case.texts, CPU, case.tyr().head)
+    measure = case.fitness(net)
     candidates = [(2, 3, 1, 4), (2, 3, 3, 2), (0, 0, 0, 0)]
     found = measure(candidates, None)
     net.restore_()
-    dense = tiny.make_model(num_key_value_heads=4)
     for candidate, divergence in zip(candidates, found, strict=True):
         for number, rung in enumerate(candidate):
             net.hold_(number, rung)
-        assert divergence == pytest.approx(case.kl(dense), rel=1e-4, abs=1e-7)
+        assert divergence == pytest.approx(case.kl(), rel=1e-4, abs=1e-7)
     assert found[0] != found[1] and found[0] > found[2] == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize("sparsity", [0.125, 0.25, 0.5])
-def test_the_search_ends_no_worse_and_on_its_budget(sparsity: float) -> None:
-    """Of each kind as many groups go as asked; curves fall from what the centre diverges; the model holds what is told."""
-    case = _case()
-    engine = case.tyr(sparsity)
-    wanted = list(engine.counts)
-    steps = list(engine.run())
-    assert [step.block for step in steps if step.block] == [1, 2, 1, 2] and len(engine.curves) == 2
-    for pair in ((0, 2), (1, 3)):
-        assert sum(engine.counts[number] for number in pair) == sum(wanted[number] for number in pair)
-    assert sum(wanted[1::2]) == sparsity * 256
-    for module, count, kept_G in zip(case.modules, engine.counts, engine.kept, strict=True):
-        gone_G = ~(module.consumer.weight_OI.unflatten(1, (-1, module.group_size)) != 0).any(2).any(0)
-        assert int(gone_G.sum()) == count == module.num_groups - len(kept_G) and not gone_G[kept_G].any()
-    for curve in engine.curves:
-        assert all(after < before for (_, before), (_, after) in itertools.pairwise(curve))
-    assert engine.curves[-1][-1][1] == pytest.approx(case.kl(tiny.make_model(num_key_value_heads=4)), rel=1e-4)
-
-
-def test_the_search_finds_more_than_the_centre() -> None:
-    """The first iteration's end is below the divergence of the uniform candidate, measured by itself."""
-    case = _case()
-    net = case.supernet()
-    engine = case.tyr(0.5, iterations=1, generations=6)
-    centre = tuple(rack.counts.index(count) for rack, count in zip(case.racks, engine.counts, strict=True))
-    (uniform,) = Divergence(case.stack, net, case.texts, CPU, engine.head)([centre], None)
-    net.restore_()
-    list(engine.run())
-    assert engine.curves[0][-1][1] < uniform and engine.curves[0][-1][1] <= engine.curves[0][0][1] <= uniform
-
-
-def test_a_seed_fixes_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory and on disk."""
-    found = []
-    for share in (0.5, 0.5, 0.0):
-        monkeypatch.setattr(evolution, "MEMORY_SHARE", share)
-        engine = _case().tyr(0.5, generations=2)
-        list(engine.run())
-        found.append((engine.counts, engine.curves, [kept_G.tolist() for kept_G in engine.kept]))
-    assert found[0] == found[1] == found[2]
-
-
-@pytest.mark.parametrize("stop_at", [0, 2, 4])
-def test_the_model_is_dense_when_the_search_is_stopped(stop_at: int) -> None:
-    """Closed while a supernet is built or candidates are in place."""
-    case = _case()
-    run = case.tyr(0.5).run()
-    for _ in range(stop_at + 1):
-        next(run)
-    run.close()  # type: ignore[attr-defined]
-    assert case.unchanged()
-
-
-def test_the_model_is_dense_when_the_search_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raised while a candidate's weights are in place."""
-    case = _case()
-    measure, held = Divergence.__call__, []
-
-    def fail(self: Divergence, candidates: Any, rng: Any) -> list[float]:
-        measure(self, candidates, rng)
-        held.append(not case.unchanged())
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(Divergence, "__call__", fail)
-    with pytest.raises(RuntimeError, match="broken"):
-        list(case.tyr(0.5).run())
-    assert held == [True] and case.unchanged()
-
-
-def test_a_supernet_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With words of its own, before anything is computed."""
-    case = _case()
-    monkeypatch.setattr(tyr, "level_bytes", lambda _racks: 1 << 62)
-    assert free_bytes(CPU) < 1 << 62
-    with pytest.raises(evolution.OutputError, match="the supernet keeps"):
-        list(case.tyr().run())
-    assert case.unchanged()

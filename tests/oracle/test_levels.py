@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprune.structured.levels import (
-    MAX_LEVELS,
     Kind,
     budget_of,
     centres,
@@ -63,19 +62,20 @@ def test_steps_of_channels(width: int, quantum: int, steps: list[int]) -> None:
 
 
 def test_nine_levels_of_eighths() -> None:
-    """A width that every step divides: from none to all around a half; fewer around less, cut off at none."""
-    [levels] = grid(_heads(32, 1), [16], 1)
-    assert levels == (0, 4, 8, 12, 16, 20, 24, 28, 32)
-    assert grid(_heads(32, 1), [8], 1) == [(0, 4, 8, 12, 16, 20, 24)]
+    """A width that every step divides: from none to all in the first iteration, four a side later, cut off at none."""
+    for centre in (16, 8):
+        assert grid(_heads(32, 1), [centre], 1) == [(0, 4, 8, 12, 16, 20, 24, 28, 32)]
     assert grid(_heads(32, 1), [16], 3) == [tuple(range(12, 21))]
-    assert grid(_ffns(256, 1), [64], 1) == [(0, 32, 64, 96, 128, 160, 192)]
+    assert grid(_heads(32, 1), [2], 3) == [tuple(range(7))]
+    assert grid(_ffns(256, 1), [64], 1) == [tuple(range(0, 257, 32))]
+    assert grid(_ffns(256, 1), [64], 2) == [tuple(range(0, 193, 32))]
 
 
 def test_heads_that_no_step_divides() -> None:
     """28 heads at 25 %: the same step for all, so one up and one down is even; 14 at an eighth: whole heads that sum up."""
     modules = _heads(28)
     levels = grid(modules, centres(modules, 0.25), 1)
-    assert levels == [(0, 3, 7, 11, 15, 19, 23)] * 4
+    assert levels == [(0, 3, 7, 11, 15, 19, 23, 27, 28)] * 4
     counts = centres(_heads(14, 8), 0.125)
     assert counts == [2, 2, 1, 2, 2, 2, 1, 2] and sum(counts) == 14
     assert sum(centres(_heads(2, 24), 0.25)) == 12 and set(centres(_heads(2, 24), 0.25)) == {0, 1}
@@ -127,7 +127,8 @@ def test_budgets_are_exact_and_trades_even(modules: list[Module], sparsity: floa
         for index in indices:
             width, own = modules[index].num_groups, levels[index]
             assert abs(counts[index] - Fraction(budget * width, total)) <= quantum
-            assert counts[index] in own and own[0] >= 0 and own[-1] <= width and len(own) <= MAX_LEVELS
+            assert counts[index] in own and own[0] >= 0 and own[-1] <= width
+            assert len(own) <= 9 if iteration > 1 else (own[0], own[-1]) == (0, width)
             assert all(count % quantum == 0 for count in own)
             for before, after in itertools.pairwise(own):
                 assert after - before == step or (0 < after - before < step and (before == 0 or after == width))
