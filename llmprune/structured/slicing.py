@@ -11,6 +11,7 @@ O out, I in features; K columns kept, G groups kept, S sequence, N sequences, H 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.anatomy.blocks import HIDDEN
@@ -30,6 +32,8 @@ from llmprune.structured.widths import FFN_WIDTHS, fields_of
 
 _ROUNDINGS = 4  # of the dtype, that a sum over fewer columns may differ by
 _LEAST = {torch.float64: 1e-10, torch.float32: 1e-5}
+_HEAD_WIDTHS = ("split_size", "embed_dim", "kv_dim")  # of all heads together
+_FUSED_WIDTHS = ("hidden_size",)  # likewise, where queries, keys and values are one matrix
 _FAILURES = (AttributeError, IndexError, TypeError, ValueError, RuntimeError)
 
 
@@ -73,22 +77,31 @@ def slice_(model: PreTrainedModel, module: Module, cut: Cut) -> None:
     """Take the other groups out of every matrix of the module, and out of what the module knows of its widths.
 
     The model then computes what it would with zeros in their place; its config still says the old widths. A module of which
-    nothing stays is replaced by :class:`NoAttention` or :class:`NoFFN`. ``module`` no longer describes the model.
+    nothing stays is replaced by :class:`NoAttention` or :class:`NoFFN`, but for FFNs that add the residual themselves or lie in
+    the block itself: they keep matrices of width 0. ``module`` no longer describes the model.
     """
     columns_K = _kept_columns(module, cut)
     owner = model.get_submodule(module.name)
     _set_bias_(module.consumer, cut.bias_O)
-    if not len(cut.kept_G):
+    if not len(cut.kept_G) and not (module.kind == "ffn" and (module.inline or "residual" in _arguments(owner))):
         bias_O = module.consumer.module.bias
         assert bias_O is None or isinstance(bias_O, nn.Parameter)
-        layer_idx = getattr(owner, "layer_idx", None)
+        layer_idx = getattr(owner, "layer_idx", getattr(owner, "layer_id", None))
         model.set_submodule(module.name, NoAttention(bias_O, layer_idx) if module.kind == "attention" else NoFFN(bias_O))
         return
     weight_OI = module.consumer.weight_OI
     kept_OK = weight_OI[:, columns_K.to(weight_OI.device)] if cut.weight_OK is None else cut.weight_OK.to(weight_OI)
     _set_weight_(module.consumer, kept_OK)
+    gone_G = torch.ones(module.num_groups, dtype=torch.bool)
+    gone_G[cut.kept_G.cpu()] = False
     for part in module.producers:
-        _keep_rows_(part.site, part.rows_GR[cut.kept_G].reshape(-1).sort().values)
+        stays_O = torch.ones(part.site.shape[0], dtype=torch.bool)
+        stays_O[part.rows_GR[gone_G].reshape(-1)] = False
+        _keep_rows_(part.site, stays_O.nonzero()[:, 0])
+    for name in module.per_head:
+        own = getattr(owner, name)
+        kept = own.detach().view(module.num_groups, -1)[cut.kept_G.to(own.device)].reshape(-1)
+        setattr(owner, name, nn.Parameter(kept, own.requires_grad))
     _recount_(owner, module, len(cut.kept_G))
 
 
@@ -120,7 +133,10 @@ def record_masked(model: PreTrainedModel, modules: Iterable[Module], input_ids_N
     def before(name: str, args: Any, kwargs: Any) -> None:
         reference.hidden[name] = _hidden(args, kwargs).clone()
 
-    with _hooked(model, names, before, reference.outputs.__setitem__):
+    def after(name: str, output: Any) -> None:  # a copy, as some blocks add to it in place
+        reference.outputs[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output)
+
+    with _hooked(model, names, before, after):
         model(input_ids=input_ids_NS, use_cache=False)
     for name in names:
         if name not in reference.outputs:
@@ -169,19 +185,27 @@ def check_sliced(model: PreTrainedModel, reference: Reference) -> None:
 
 
 def _recount_(owner: nn.Module, module: Module, kept: int) -> None:
-    """Bring what a module remembers of its widths up to date; heads per key-value head stay as they are."""
+    """Bring what a module remembers of its widths up to date; heads per key-value head stay as they are, if there are many."""
     if module.kind == "ffn":
-        _replace_(owner, FFN_WIDTHS, module.num_groups, kept)
+        known = [name for name in FFN_WIDTHS if hasattr(owner, name)]
+        _replace_(owner, known or ["hidden_size"], module.num_groups, kept)
         return
-    num_heads = module.num_groups * module.num_query_heads
+    num_heads, width = module.num_groups * module.num_query_heads, module.num_groups * module.group_size
     _replace_(owner, HEAD_COUNTS, num_heads, kept * module.num_query_heads)
-    _replace_(owner, KV_HEAD_COUNTS, module.num_groups, kept)
-    if module.fused:  # queries, keys and values are told apart by the head counts of the config
-        config = copy.copy(owner.config)
-        assert isinstance(config, PreTrainedConfig)
+    _replace_(owner, ("num_key_value_groups",) if module.multi_query else KV_HEAD_COUNTS, module.num_groups, kept)
+    _replace_(owner, _HEAD_WIDTHS, width, kept * module.group_size)
+    config = getattr(owner, "config", None)
+    if module.fused:
+        _replace_(owner, _FUSED_WIDTHS, width, kept * module.group_size)
+    if module.fused and isinstance(config, PreTrainedConfig):  # which may tell queries, keys and values apart
+        config = copy.copy(config)
         for field, value in fields_of(config, module, kept).items():
             setattr(config, field, value)
         owner.config = config  # of its own, as layers may differ
+
+
+def _arguments(owner: nn.Module) -> Iterable[str]:
+    return inspect.signature(owner.forward).parameters
 
 
 def _replace_(owner: nn.Module, names: Sequence[str], before: int, after: int) -> None:
@@ -199,10 +223,12 @@ def _kept_columns(module: Module, cut: Cut) -> Tensor:
 
 
 def _set_weight_(site: Site, weight_OI: Tensor) -> None:
-    linear = site.module
-    assert isinstance(linear, nn.Linear)
-    linear.weight = nn.Parameter(weight_OI.clone(memory_format=torch.contiguous_format), linear.weight.requires_grad)
-    linear.out_features, linear.in_features = weight_OI.shape
+    owner = site.module
+    stored = weight_OI.T if site.transposed else weight_OI
+    before = getattr(owner, site.parameter)
+    setattr(owner, site.parameter, nn.Parameter(stored.clone(memory_format=torch.contiguous_format), before.requires_grad))
+    for name, count in zip(("nf", "nx") if site.transposed else ("out_features", "in_features"), weight_OI.shape, strict=True):
+        setattr(owner, name, count)
 
 
 def _set_bias_(site: Site, bias_O: Tensor | None) -> None:
@@ -246,7 +272,7 @@ def _hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _first(output: Any) -> Tensor:
-    found = output[0] if isinstance(output, tuple) else output
+    found = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(found, Tensor)
     return found
 

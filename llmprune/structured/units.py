@@ -1,22 +1,26 @@
 """Units: what structured pruning takes out of a decoder block whole, and every row and column that goes with it.
 
-Two kinds of module are understood. Of an attention with plain projections the unit is a kv group: one key-value head and the
-query heads that read it, so that their ratio stays; of an FFN it is a channel of the inner width. Both end in a matrix whose
-input columns are the groups, the consumer, fed by matrices whose rows are, the producers.
+Two kinds of module are understood. Of an attention the unit is a kv group: one key-value head and the query heads that read it,
+so that their ratio stays; where all query heads read one key-value head, or keys and values come from a latent, it is a query
+head. Of an FFN it is a channel of the inner width. Both end in a matrix whose input columns are the groups, the consumer, fed
+by matrices whose rows are, the producers.
 
-What else depends on these widths cannot be told from shapes alone. So the search is strict: every matrix of a block must have
-its place in a module, every other parameter inside a module must be known to be free of its widths, and what is not is refused
-by name. That the rest holds, a forward shows (:func:`llmprune.structured.slicing.check_sliced`).
+What else depends on these widths cannot be told from shapes alone. So the search is strict: every matrix of a module must have
+its place in it, every other parameter inside must be known to be free of its widths, and a module of which this does not hold
+is left whole, with the name of the weight. Nothing outside a module reads its inner widths. That the rest holds, a forward
+shows (:func:`llmprune.structured.slicing.check_sliced`).
 
 O out, I in features; G groups, C columns and R rows of a group.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +33,30 @@ from llmprune.errors import UnsupportedModel
 from llmprune.structured.levels import Kind
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+KV_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+_MATRICES = ("Linear", "Conv1D", "FalconLinear")
 _QUERY = re.compile(r"^(w?q|q_?proj|q_lin|query|q_layer)$")
 _KEY = re.compile(r"^(w?k|k_?proj|k_lin|key|k_layer)$")
-_FUSED = re.compile(r"^qkv_?proj$")  # queries, keys, values one below the other; other names hold them head by head
-_ATTENTION_OUT = re.compile(r"^(o_?proj|out_?proj|dense|wo|o_lin|out_lin)$")
-_UP = re.compile(r"^(gate_?proj|up_?proj|fc1|fc_in|c_fc|w1|w3|dense_h_to_4h)$")
-_GATE_UP = re.compile(r"^gate_?up_?proj$")
-_DOWN = re.compile(r"^(down_?proj|fc2|fc_out|c_proj|w2|dense_4h_to_h)$")
+_FUSED = re.compile(r"^(qkv_?proj|Wqkv|c_attn|query_key_value)$")
+_BY_HEAD = re.compile(r"^query_key_value$")  # the rows of a kv group lie together; of others all queries come first
+_ATTENTION_GATE = re.compile(r"^(gate_?proj|g_?proj)$")  # a factor of what heads put out: one a head, or one a channel
+_LATENT = re.compile(r"^(q_a_proj|kv_a_proj_with_mqa)$")
+_FROM_LATENT = re.compile(r"^kv_b_proj$")
+_LATENT_QUERY = re.compile(r"^q_(b_)?proj$")
+_ATTENTION_OUT = re.compile(r"^(o_?proj|out_?proj|dense|[wW]o|o_lin|out_lin|c_proj)$")
+_UP = re.compile(r"^(gate_?proj|up_?proj|proj_up(_gate)?|fc1|fc_in|c_fc|w1|w3|dense_h_to_4h)$")
+_GATE_UP = re.compile(r"^(gate_?up_?proj|Wi|input_linear)$")
+_DOWN = re.compile(r"^(down_?proj|proj_down|fc2|fc_out|c_proj|w2|Wo|dense_4h_to_h|output_linear)$")
 _HEAD_NORM = re.compile(r"^(q|k|query|key)_?(layer)?_?norm\.(weight|bias)$")
+_LATENT_NORM = re.compile(r"^(q|kv)_a_(layer)?norm\.(weight|bias)$")
+_PER_HEAD = ("sinks",)
+_CROSS = re.compile(r"encoder_attn|cross_?att")
+_HEADWISE_ARGUMENTS = ("alibi", "position_bias")
 
 
 @dataclass(frozen=True)
 class Producer:
-    """A matrix that feeds a consumer; ``rows_GR`` are the rows of each group, int64, and all rows are in some group."""
+    """A matrix that feeds a consumer; ``rows_GR`` are the rows of each group, int64. Rows in no group always stay."""
 
     site: Site
     rows_GR: Tensor
@@ -54,14 +68,18 @@ class Module:
 
     Attributes:
         name: path of the module in the model.
-        kind: ``attention``, whose groups are kv groups, or ``ffn``, whose groups are channels.
+        kind: ``attention``, whose groups are kv groups or query heads, or ``ffn``, whose groups are channels.
         block: index of its block.
         consumer: the matrix whose input columns are the groups, C consecutive columns each.
         group_size: C.
-        num_groups: kv groups, or channels, before any went.
+        num_groups: groups before any went.
         producers: those that feed it.
-        num_query_heads: of a kv group; 0 for an FFN.
-        head_dim: of queries and keys; 0 for an FFN.
+        num_query_heads: of a group; 0 for an FFN.
+        head_dim: of queries and keys; 0 for an FFN, and where keys come from a latent.
+        multi_query: there is one key-value head, which stays; each group is a query head.
+        fused: queries, keys and values are one matrix.
+        inline: the matrices lie in the block itself, which ``name`` then is.
+        per_head: parameters of the module that hold a number a query head, such as attention sinks.
     """
 
     name: str
@@ -73,17 +91,16 @@ class Module:
     producers: tuple[Producer, ...]
     num_query_heads: int = 0
     head_dim: int = 0
-
-    @property
-    def fused(self) -> bool:
-        """Whether queries, keys and values are one matrix."""
-        return self.kind == "attention" and len(self.producers) == 1
+    multi_query: bool = False
+    fused: bool = False
+    inline: bool = False
+    per_head: tuple[str, ...] = ()
 
     @property
     def parameters_per_group(self) -> int:
         """What goes with one group, biases of its rows included."""
         rows = sum(part.rows_GR.shape[1] * (part.site.shape[1] + _has_bias(part.site)) for part in self.producers)
-        return rows + self.group_size * self.consumer.shape[0]
+        return rows + self.group_size * self.consumer.shape[0] + self.num_query_heads * len(self.per_head)
 
 
 @dataclass(frozen=True)
@@ -94,148 +111,240 @@ class Units:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def find_units(model: PreTrainedModel, stack: Stack) -> Units:
-    """All attention modules and FFNs of the blocks; works on ``meta`` weights.
+class _NotUnderstood(Exception):
+    """A module has to stay whole; the message says why."""
 
-    An attention of a single kv group cannot lose it and is left whole.
+
+def find_units(model: PreTrainedModel, stack: Stack) -> Units:
+    """All attention modules and FFNs of the blocks that are understood; works on ``meta`` weights.
+
+    The others are left whole: mixtures of experts, state space and convolution mixers, and what has a weight that is coupled in
+    a way that is not known.
 
     Raises:
-        UnsupportedModel: a weight of a block is coupled in a way that is not understood; names it.
+        UnsupportedModel: nothing is understood; names a weight.
     """
-    _check_unshared(model, stack)
-    modules, left = [], {}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    modules: list[Module] = []
+    left: dict[str, str] = {}
     for index, block in enumerate(stack.blocks):
-        by_owner: dict[str, list[Site]] = {}
-        for site in stack.sites[index]:
-            if type(site.module) is not nn.Linear or site.parameter != "weight":
-                raise _not_understood(site.name, f"it is held by a {type(site.module).__name__}, not by a torch.nn.Linear")
-            by_owner.setdefault(site.name.rpartition(".")[0], []).append(site)
-        for name, sites in by_owner.items():
+        for name, sites in _by_owner(stack.sites[index], stack.name(index)).items():
             owner = block.get_submodule(name.removeprefix(stack.name(index)).removeprefix("."))
-            if owner is block:
-                raise _not_understood(sites[0].name, "it lies in the block itself, not in a module of an attention or an FFN")
-            module = _attention(model, name, index, owner, sites) or _ffn(name, index, sites)
-            if module is None:
-                raise _stranger(sites)
-            _check_owner(owner, module)
-            if module.kind == "attention" and module.num_groups == 1:
-                left[name] = "it has one key-value head, which cannot be removed"
-            else:
-                modules.append(module)
+            try:
+                modules.append(_module(model, name, index, owner, sites, inline=owner is block, uses=uses))
+            except _NotUnderstood as reason:
+                left[name] = str(reason)
+    if not modules:
+        name, why = next(iter(left.items()))
+        raise UnsupportedModel(
+            f"structured pruning understands no module of {type(model).__name__}; e.g. {name}: {why}. It takes heads out of "
+            "attention of q, k, v and o projections, and channels out of FFNs of up, gate and down projections. Choose another "
+            "pattern."
+        )
     return Units(tuple(modules), left)
+
+
+def select_units(units: Units, skip: Sequence[str]) -> Units:
+    """Those units of which no glob matches the module's name or that of one of its matrices; the others are left whole."""
+    modules, left = [], dict(units.left)
+    for module in units.modules:
+        names = (module.name, module.consumer.name, *(part.site.name for part in module.producers))
+        glob = next((glob for glob in skip if any(fnmatchcase(name, glob) for name in names)), None)
+        if glob is None:
+            modules.append(module)
+        else:
+            left[module.name] = f"it is skipped by {glob}"
+    return Units(tuple(modules), left)
+
+
+def _by_owner(sites: Sequence[Site], block: str) -> dict[str, list[Site]]:
+    """The matrices by the module that holds them. Those of a mixture of experts, shared ones too, are one module's."""
+    mixtures = set()
+    for site in sites:
+        if site.expert is not None:
+            path = site.name.rpartition(".")[0].removesuffix(f".{site.parameter}")
+            parent = path.rpartition(".")[0]
+            mixtures.add(path if parent == block else parent)
+    owners: dict[str, list[Site]] = {}
+    for site in sites:
+        mixture = next((path for path in mixtures if site.name.startswith(f"{path}.")), None)
+        owners.setdefault(mixture or site.name.rpartition(".")[0], []).append(site)
+    return owners
+
+
+def _module(
+    model: PreTrainedModel, name: str, index: int, owner: nn.Module, sites: Sequence[Site], *, inline: bool, uses: Counter[int]
+) -> Module:
+    for site in sites:
+        if type(site.module).__name__ not in _MATRICES or site.parameter != "weight":
+            raise _NotUnderstood(f"{site.name} is held by a {type(site.module).__name__}, not by a torch.nn.Linear")
+        if uses[id(getattr(site.module, site.parameter))] > 1:
+            raise _NotUnderstood(f"{site.name} is shared with another module")
+    module = None if inline else _attention(model, name, index, owner, sites) or _latent_attention(name, index, owner, sites)
+    module = module or _ffn(name, index, owner, sites, inline=inline)
+    if module is None:
+        roles = (_QUERY, _KEY, VALUE, _FUSED, _ATTENTION_OUT, _UP, _GATE_UP, _DOWN)
+        stranger = next((site for site in sites if not any(role.match(_leaf(site)) for role in roles)), sites[0])
+        siblings = ", ".join(_leaf(other) for other in sites if other is not stranger) or "no other matrix"
+        raise _NotUnderstood(f"what {stranger.name} is coupled to is not understood (beside it: {siblings})")
+    _check_owner(owner, module)
+    if module.kind == "attention":
+        _check_attention(model, owner, module)
+    return module
 
 
 def _attention(model: PreTrainedModel, name: str, index: int, owner: nn.Module, sites: Sequence[Site]) -> Module | None:
     """The module, if these are its projections and no others."""
-    parts = [_only(sites, role) for role in (_QUERY, _KEY, VALUE)]
-    fused, out = _only(sites, _FUSED), _only(sites, _ATTENTION_OUT)
-    if out is None or len(sites) != (2 if fused else 4) or not (fused or all(parts)):
+    query, key, value = (_only(sites, role) for role in (_QUERY, _KEY, VALUE))
+    fused, gate, out = (_only(sites, role) for role in (_FUSED, _ATTENTION_GATE, _ATTENTION_OUT))
+    found = [site for site in (fused, query, key, value, gate, out) if site is not None]
+    if out is None or len(found) != len(sites) or len(found) - (gate is not None) not in ((2,) if fused else (4,)):
         return None
     head_dim = _query_head_dim(model, owner)
     value_dim = value_head_dim(owner) or head_dim
-    if out.shape[1] % value_dim:
-        raise _not_understood(out.name, f"its {out.shape[1]} inputs are not heads of {value_dim}")
-    num_heads = out.shape[1] // value_dim
+    num_heads, rest = divmod(out.shape[1], value_dim)
+    if rest:
+        raise _NotUnderstood(f"the {out.shape[1]} inputs of {out.name} are not heads of {value_dim}")
     if fused:
-        spare = fused.shape[0] - num_heads * head_dim
-        num_groups, rest = divmod(spare, head_dim + value_dim)
+        num_groups, rest = divmod(fused.shape[0] - num_heads * head_dim, head_dim + value_dim)
         sizes = [num_heads * head_dim, num_groups * head_dim, num_groups * value_dim]
-        culprit = fused
     else:
-        query, key, value = (site for site in parts if site is not None)
+        assert query is not None and key is not None and value is not None
         num_groups, rest = divmod(value.shape[0], value_dim)
         sizes = [query.shape[0], key.shape[0], value.shape[0]]
-        culprit = query if query.shape[0] != num_heads * head_dim else key
-    if rest or num_groups <= 0 or sizes != [num_heads * head_dim, num_groups * head_dim, num_groups * value_dim]:
-        raise _not_understood(
-            culprit.name, f"{sizes} rows are not {num_heads} query heads of {head_dim} and their keys and values"
+    # A head's queries and its gate may lie one below the other.
+    wanted = [[factor * num_heads * head_dim, num_groups * head_dim, num_groups * value_dim] for factor in (1, 2)]
+    if rest or num_groups <= 0 or sizes not in wanted or num_heads % num_groups:
+        rows_of = (fused or query or out).name
+        raise _NotUnderstood(
+            f"{sizes} rows ({rows_of}) are not {num_heads} query heads of {head_dim} and their keys and values"
         )
-    if num_heads % num_groups:
-        raise _not_understood(culprit.name, f"{num_heads} query heads do not share {num_groups} key-value heads evenly")
+    if gate is not None and gate.shape[0] not in (num_heads, num_heads * value_dim):
+        raise _NotUnderstood(f"the {gate.shape[0]} rows of {gate.name} are not those of {num_heads} heads")
     for names, count in ((HEAD_COUNTS, num_heads), (KV_HEAD_COUNTS, num_groups)):
         if any(getattr(owner, attribute, count) != count for attribute in names):
-            raise _not_understood(
-                culprit.name, f"its module counts other heads than the {num_heads} and {num_groups} of its shapes"
-            )
-    producers: tuple[Producer, ...]
-    rows = [torch.arange(size).view(num_groups, -1) for size in sizes]
+            raise _NotUnderstood(f"{name} counts other heads than the {num_heads} and {num_groups} of its shapes")
+    if num_heads == 1:
+        raise _NotUnderstood("it has one head, which cannot be removed")
+    multi_query = num_groups == 1
+    units = num_heads if multi_query else num_groups
+    producers = []
     if fused:
-        starts = (0, sizes[0], sizes[0] + sizes[1])
-        producers = (Producer(fused, torch.cat([part + start for part, start in zip(rows, starts, strict=True)], dim=1)),)
+        producers.append(Producer(fused, _fused_rows(fused, owner, sizes, num_groups, units)))
     else:
-        producers = tuple(Producer(site, part) for site, part in zip(parts, rows, strict=True) if site is not None)
-    ratio = num_heads // num_groups
-    return Module(name, "attention", index, out, ratio * value_dim, num_groups, producers, ratio, head_dim)
+        parts = (query, gate) if multi_query else (query, key, value, gate)
+        producers = [Producer(site, _even_rows(site.shape[0], units)) for site in parts if site is not None]
+    if fused and gate is not None:
+        producers.append(Producer(gate, _even_rows(gate.shape[0], units)))
+    ratio = num_heads // units
+    return Module(
+        name, "attention", index, out, ratio * value_dim, units, tuple(producers), ratio, head_dim, multi_query=multi_query,
+        fused=fused is not None, per_head=_per_head(owner, num_heads),
+    )  # fmt: skip
 
 
-def _ffn(name: str, index: int, sites: Sequence[Site]) -> Module | None:
+def _fused_rows(fused: Site, owner: nn.Module, sizes: Sequence[int], num_groups: int, units: int) -> Tensor:
+    if num_groups == 1:
+        return _even_rows(sizes[0], units)
+    if _BY_HEAD.match(_leaf(fused)) or getattr(owner, "multi_query", None) is False:
+        return _even_rows(fused.shape[0], units)
+    starts = (0, sizes[0], sizes[0] + sizes[1])
+    return torch.cat([_even_rows(size, units) + start for size, start in zip(sizes, starts, strict=True)], dim=1)
+
+
+def _latent_attention(name: str, index: int, owner: nn.Module, sites: Sequence[Site]) -> Module | None:
+    """The module, if its heads' keys and values, and perhaps queries, come from latents that all of them share."""
+    query, spread, out = (_only(sites, role) for role in (_LATENT_QUERY, _FROM_LATENT, _ATTENTION_OUT))
+    num_latents = sum(bool(_LATENT.match(_leaf(site))) for site in sites)
+    value_dim, num_heads = value_head_dim(owner), getattr(owner, "num_heads", 0)
+    if query is None or spread is None or out is None or len(sites) != 3 + num_latents or not value_dim:
+        return None
+    if num_heads <= 1 or out.shape[1] != num_heads * value_dim or query.shape[0] % num_heads or spread.shape[0] % num_heads:
+        raise _NotUnderstood(f"the {out.shape[1]} inputs of {out.name} are not {num_heads} heads of {value_dim}")
+    producers = tuple(Producer(site, _even_rows(site.shape[0], num_heads)) for site in (query, spread))
+    return Module(name, "attention", index, out, value_dim, num_heads, producers, 1, per_head=_per_head(owner, num_heads))
+
+
+def _ffn(name: str, index: int, owner: nn.Module, sites: Sequence[Site], *, inline: bool) -> Module | None:
     """The module, if these are a down projection and what feeds it and no others."""
     down = _only(sites, _DOWN)
     if down is None or len(sites) < 2:
         return None
+    if getattr(owner, "activation_sparsity", 0):
+        raise _NotUnderstood(f"which channels feed {down.name} depends on all of them (activation sparsity)")
     width, producers = down.shape[1], []
     for site in sites:
         if site is down:
             continue
         leaf, num_rows = _leaf(site), site.shape[0]
         if _UP.match(leaf) and num_rows == width:
-            producers.append(Producer(site, torch.arange(width)[:, None]))
+            producers.append(Producer(site, _even_rows(width, width)))
         elif _GATE_UP.match(leaf) and num_rows == 2 * width:
             producers.append(Producer(site, torch.arange(2 * width).view(2, width).T))
         else:
             return None
-    return Module(name, "ffn", index, down, 1, width, tuple(producers))
+    return Module(name, "ffn", index, down, 1, width, tuple(producers), inline=inline)
 
 
 def _check_owner(owner: nn.Module, module: Module) -> None:
-    """Raise UnsupportedModel where the module holds anything beside its projections that may depend on its widths."""
+    """Raise where the module holds anything beside its projections that may depend on its widths."""
     known = {id(site.module) for site in (module.consumer, *(part.site for part in module.producers))}
-    for name, parameter in owner.named_parameters():
-        if id(owner.get_submodule(name.rpartition(".")[0])) in known or (parameter.numel() == 1 and module.head_dim != 1):
+    for name, parameter in owner.named_parameters(recurse=not module.inline):
+        parent = owner.get_submodule(name.rpartition(".")[0])
+        if id(parent) in known or name in module.per_head or (parameter.numel() == 1 and module.head_dim != 1):
             continue
-        if not (module.kind == "attention" and _HEAD_NORM.match(name) and parameter.numel() == module.head_dim):
-            raise _not_understood(f"{module.name}.{name}", f"its shape is {list(parameter.shape)}")
-    for name, buffer in owner.named_buffers():
-        if buffer.numel() > 1 and not name.rpartition(".")[0].endswith(("rotary_emb", "rotary_fn")):
-            raise _not_understood(f"{module.name}.{name}", f"its shape is {list(buffer.shape)}")
+        if module.kind == "attention":
+            if _HEAD_NORM.match(name) and parameter.numel() == module.head_dim:
+                continue
+            if module.multi_query and (_KEY.match(leaf := name.rpartition(".")[0]) or VALUE.match(leaf)):
+                continue
+            if not module.head_dim and (_LATENT_NORM.match(name) or _LATENT.match(name.rpartition(".")[0])):
+                continue
+        raise _NotUnderstood(f"what {module.name}.{name} of shape {list(parameter.shape)} depends on is not understood")
+    for name, buffer in owner.named_buffers(recurse=not module.inline):
+        positions = name == "embed_positions" and not module.fused
+        causal = name == "bias" and buffer.dim() == 4 and buffer.shape[:2] == (1, 1)
+        if buffer.numel() > 1 and not (positions or causal or name.rpartition(".")[0].endswith(("rotary_emb", "rotary_fn"))):
+            raise _NotUnderstood(f"what {module.name}.{name} of shape {list(buffer.shape)} depends on is not understood")
 
 
-def _check_unshared(model: PreTrainedModel, stack: Stack) -> None:
-    """Raise UnsupportedModel where a block's weight, or its keys and values, serve elsewhere too."""
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for site in (site for sites in stack.sites for site in sites):
-        if uses[id(getattr(site.module, site.parameter))] > 1:
-            raise _not_understood(site.name, "it is shared with another module")
-        if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-            raise _not_understood(site.name, "layers read keys and values of other layers")
+def _check_attention(model: PreTrainedModel, owner: nn.Module, module: Module) -> None:
+    """Raise where heads are told apart outside of the module, or it reads an encoder."""
+    config = model.config.get_text_config()
+    if _CROSS.search(module.name):
+        raise _NotUnderstood("it attends to an encoder")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise _NotUnderstood("layers read keys and values of other layers")
+    arguments = inspect.signature(owner.forward).parameters
+    if "cycle_offset" in arguments:
+        raise _NotUnderstood("it is run more than once a token, with a cache each time")
+    argument = next((name for name in _HEADWISE_ARGUMENTS if name in arguments), None)
+    if argument is not None and getattr(config, "alibi", True):
+        raise _NotUnderstood(f"it is handed {argument}, of which every head has its own, from outside")
 
 
 def _query_head_dim(model: PreTrainedModel, owner: nn.Module) -> int:
     """Size of a query head: what the module says, else the config, else hidden size by heads."""
-    size = getattr(owner, "head_dim", None) or value_head_dim(owner)
+    size = getattr(owner, "head_dim", None) or getattr(owner, "head_size", None) or value_head_dim(owner)
     if not isinstance(size, int) or not size:
         config = model.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(size)
 
 
+def _per_head(owner: nn.Module, num_heads: int) -> tuple[str, ...]:
+    own = dict(owner.named_parameters(recurse=False))
+    return tuple(name for name in _PER_HEAD if name in own and own[name].shape == (num_heads,))
+
+
+def _even_rows(num_rows: int, num_groups: int) -> Tensor:
+    """Rows of groups that lie one below the other."""
+    return torch.arange(num_rows).view(num_groups, -1)
+
+
 def _only(sites: Sequence[Site], role: re.Pattern[str]) -> Site | None:
     found = [site for site in sites if role.match(_leaf(site))]
     return found[0] if len(found) == 1 else None
-
-
-def _stranger(sites: Sequence[Site]) -> UnsupportedModel:
-    roles = (_QUERY, _KEY, VALUE, _FUSED, _ATTENTION_OUT, _UP, _GATE_UP, _DOWN)
-    site = next((site for site in sites if not any(role.match(_leaf(site)) for role in roles)), sites[0])
-    siblings = ", ".join(_leaf(other) for other in sites if other is not site) or "no other matrix"
-    return _not_understood(site.name, f"beside it: {siblings}")
-
-
-def _not_understood(weight: str, why: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"structured pruning does not understand what {weight} is coupled to ({why}); it takes kv groups out of attention of "
-        "q, k, v and o projections, and channels out of FFNs of up, gate and down projections. Choose another pattern."
-    )
 
 
 def _has_bias(site: Site) -> bool:

@@ -17,7 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmprune.errors import UnsupportedModel
 from llmprune.structured.units import Module
 
-FFN_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
+FFN_WIDTHS = (
+    "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size_mlp", "dense_intermediate_size",
+    "shared_intermediate_size",
+)  # fmt: skip
 
 
 def uniform_fields(model: PreTrainedModel, modules: Sequence[Module], kept: Mapping[str, int]) -> dict[str, int]:
@@ -29,44 +32,68 @@ def uniform_fields(model: PreTrainedModel, modules: Sequence[Module], kept: Mapp
         kept: groups left, by module; the others stay whole.
 
     Raises:
-        UnsupportedModel: widths differ from layer to layer, a module is left with nothing, or the config does not take them.
+        UnsupportedModel: widths differ from layer to layer, a module is left with nothing, or config or class do not take them.
     """
     fields: dict[str, tuple[int, str]] = {}
     text = model.config.get_text_config()
-    for module in modules:
-        count = kept.get(module.name, module.num_groups)
+    counts = {module.name: kept.get(module.name, module.num_groups) for module in modules}
+    cut = [module for module in modules if counts[module.name] < module.num_groups]
+    for module in [*cut, *(module for module in modules if module not in cut)]:
+        count = counts[module.name]
         if not count:
             raise UnsupportedModel(f"{module.name} is left with nothing, which no config of {text.model_type} can say.")
-        for field, value in fields_of(text, module, count).items():
-            known, other = fields.setdefault(field, (value, module.name))
+        try:
+            own = fields_of(text, module, count)
+        except UnsupportedModel:
+            if module in cut:
+                raise
+            continue
+        for field, value in own.items():
+            known, other = fields.get(field, (value, module.name))
             if known != value:
                 raise UnsupportedModel(
                     f"{other} would have {field} {known} and {module.name} {value}; the config of {text.model_type} has one "
                     "number for all layers. Cut all to the same widths."
                 )
+            if module in cut:
+                fields[field] = known, other
     values = {field: value for field, (value, _) in fields.items()}
     try:
-        _with_fields(model.config, values)
+        stock = _stock(model, values)
     except UnsupportedModel as error:
-        attention = next((module for module in modules if module.kind == "attention"), None)
+        attention = next((module for module in cut if module.kind == "attention"), None)
         if attention is None:
             raise
-        counts = ", ".join(map(str, uniform_counts(model, attention)))
-        raise UnsupportedModel(f"{error} Of {attention.num_groups} kv groups it takes {counts}.") from error
+        taken = ", ".join(map(str, uniform_counts(model, attention)))
+        groups = f"{attention.num_groups} {'query heads' if attention.multi_query else 'kv groups'}"
+        raise UnsupportedModel(f"{error} Of {groups} it takes {taken}.") from error
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for module in cut:
+        shapes |= _shapes_of(module, counts[module.name])
+    _check_shapes(model, stock, shapes, values)
     return values
 
 
 def uniform_counts(model: PreTrainedModel, module: Module) -> tuple[int, ...]:
-    """The numbers of kv groups of an attention, or channels of an FFN, that the config takes, rising; some want the number of
-    heads to divide the hidden size.
+    """The numbers of groups of an attention or an FFN that the config can say, rising; some want the number of heads to divide
+    the hidden size, and where heads have no size of their own they are all or none.
     """
-    if module.kind == "ffn":
-        return tuple(range(1, module.num_groups + 1))
     text, taken = model.config.get_text_config(), []
-    for count in range(1, module.num_groups + 1):
-        with suppress(UnsupportedModel):
-            _with_fields(model.config, fields_of(text, module, count))
-            taken.append(count)
+    counts = range(1, module.num_groups + 1)
+    if module.kind == "attention":
+        for count in counts:
+            with suppress(UnsupportedModel):
+                _with_fields(model.config, fields_of(text, module, count))
+                taken.append(count)
+    else:
+        taken = list(counts)
+    if len(taken) < 2:
+        return tuple(taken)
+    try:  # whether the class makes of one what the config says
+        fields = fields_of(text, module, taken[0])
+        _check_shapes(model, _stock(model, fields), _shapes_of(module, taken[0]), fields)
+    except UnsupportedModel:
+        return (module.num_groups,)
     return tuple(taken)
 
 
@@ -79,12 +106,8 @@ def describe_(model: PreTrainedModel, modules: Sequence[Module], fields: Mapping
     Raises:
         UnsupportedModel: the class makes something else of the config; names it.
     """
-    with torch.device("meta"):
-        stock = type(model)(_with_fields(model.config, fields))
-    shapes = {name: list(parameter.shape) for name, parameter in stock.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if shapes.get(name) != list(parameter.shape):
-            raise _cannot_say(model, fields, name, list(parameter.shape), shapes.get(name))
+    stock = _stock(model, fields)
+    _check_shapes(model, stock, {name: list(parameter.shape) for name, parameter in model.named_parameters()}, fields)
     for module in modules:
         ours, theirs = _numbers(model.get_submodule(module.name)), _numbers(stock.get_submodule(module.name))
         for key in sorted(ours.keys() & theirs.keys()):
@@ -94,26 +117,31 @@ def describe_(model: PreTrainedModel, modules: Sequence[Module], fields: Mapping
     for field, value in fields.items():
         setattr(text, field, value)
     for module in modules:
-        if module.fused:
-            model.get_submodule(module.name).config = text
+        owner = model.get_submodule(module.name)
+        if module.fused and hasattr(owner, "config"):
+            owner.config = text
 
 
 def fields_of(text: PreTrainedConfig, module: Module, kept: int) -> dict[str, int]:
     """The fields that say what one module is with ``kept`` of its groups; head_dim too, as it no longer follows from others.
+    A field of None stands for a width that follows from others, such as GPT-2's.
 
     Raises:
         UnsupportedModel: there is no field for its channels.
     """
     if module.kind == "ffn":
-        field = next((field for field in FFN_WIDTHS if getattr(text, field, None) == module.num_groups), None)
+        known = [field for field in FFN_WIDTHS if getattr(text, field, 0) in (module.num_groups, None)]
+        field = next((field for field in known if getattr(text, field) is not None), known[0] if known else None)
         if field is None:
             raise UnsupportedModel(
                 f"the config of {text.model_type} has no field for the {module.num_groups} channels of {module.name}; looked "
                 f"for {', '.join(FFN_WIDTHS)}."
             )
         return {field: kept}
-    fields = {"num_attention_heads": kept * module.num_query_heads, "head_dim": module.head_dim}
-    if module.num_query_heads > 1 or getattr(text, "num_key_value_heads", None) is not None:
+    fields = {"num_attention_heads": kept * module.num_query_heads}
+    if module.head_dim and not isinstance(getattr(type(text), "head_dim", None), property):
+        fields["head_dim"] = module.head_dim
+    if not module.multi_query and (module.num_query_heads > 1 or getattr(text, "num_key_value_heads", None) is not None):
         fields["num_key_value_heads"] = kept
     return fields
 
@@ -127,10 +155,47 @@ def _with_fields(config: PreTrainedConfig, fields: Mapping[str, int]) -> PreTrai
             setattr(text, field, value)
         return type(config).from_dict(changed.to_dict())
     except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedModel(
-            f"the config of {text.model_type} does not take {dict(fields)} ({reason}). Choose other widths."
-        ) from error
+        raise _refused(changed, fields, error) from error
+
+
+def _refused(config: PreTrainedConfig, fields: Mapping[str, int], error: Exception) -> UnsupportedModel:
+    kind, reason = config.get_text_config().model_type, " ".join(str(error).split())
+    return UnsupportedModel(f"the config of {kind} does not take {dict(fields)} ({reason}). Choose other widths.")
+
+
+def _stock(model: PreTrainedModel, fields: Mapping[str, int]) -> PreTrainedModel:
+    """The model's class, without memory, from its config with these values."""
+    config = _with_fields(model.config, fields)
+    try:
+        with torch.device("meta"):
+            return type(model)(config)
+    except ValueError as error:
+        raise _refused(config, fields, error) from error
+
+
+def _shapes_of(module: Module, kept: int) -> dict[str, list[int]]:
+    """Of its parameters, by name, once so many groups are left."""
+    gone = module.num_groups - kept
+    shapes = {f"{module.name}.{name}": [kept * module.num_query_heads] for name in module.per_head}
+    for site, rows, columns in [
+        (module.consumer, 0, gone * module.group_size),
+        *((part.site, gone * part.rows_GR.shape[1], 0) for part in module.producers),
+    ]:
+        shape = [site.shape[0] - rows, site.shape[1] - columns]
+        shapes[f"{site.name}.weight"] = shape[::-1] if site.transposed else shape
+        if isinstance(site.module.bias, nn.Parameter):
+            shapes[f"{site.name}.bias"] = [site.shape[0] - rows]
+    return shapes
+
+
+def _check_shapes(
+    model: PreTrainedModel, stock: PreTrainedModel, shapes: Mapping[str, list[int]], fields: Mapping[str, int]
+) -> None:
+    """Raise UnsupportedModel where a parameter of the class has another shape than it is to have."""
+    theirs = {name: list(parameter.shape) for name, parameter in stock.named_parameters()}
+    for name, shape in shapes.items():
+        if theirs.get(name) != shape:
+            raise _cannot_say(model, fields, name, shape, theirs.get(name))
 
 
 def _numbers(owner: nn.Module) -> dict[str, float]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmprune.anatomy.blocks import find_stack
 from llmprune.errors import UnsupportedModel
@@ -44,7 +45,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fused gate_up": ("glm", {"num_key_value_heads": 4}),
     "no gate": ("starcoder2", {"num_key_value_heads": 4}),
     "sliding windows, norms on both sides": ("gemma3_text", {"num_key_value_heads": 4}),
+    "transposed": ("gpt2", {}),
+    "fused mqa": ("gpt_bigcode", {}),
+    "fused head by head": ("gpt_neox", {}),
+    "fused by kv group": ("falcon", {"num_attention_heads": 8, "num_kv_heads": 4}),
+    "fused head by head, all by multi_query": ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+    "latent": ("minicpm3", {}),
+    "ffn in the block": ("opt", {}),
 }  # fmt: skip
+LOADABLE = list(CASES)[:12]
 UNIFORM, FREE, EMPTY = "uniform", "free", "empty"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -121,14 +130,16 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).double().norm() / theirs.double().norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("widths", [UNIFORM, FREE, EMPTY])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "widths", "dtype"),
+    [(case, widths, torch.float64) for case in CASES for widths in (UNIFORM, FREE, EMPTY)]
+    + [(case, FREE, torch.float32) for case in ("mha", "gqa of three", "mqa", "transposed")],
+)
 def test_sliced_computes_what_masked_does(case: str, widths: str, dtype: torch.dtype) -> None:
     """In one forward and step by step on the cache; and it is not what the dense model computes."""
     dense = _model(case, dtype)
     modules = _modules(dense)
-    assert len(modules) == (2 if case == "mqa" else 4)
+    assert len(modules) == 4
     cuts = _cuts(modules, widths)
     masked, sliced = _masked(dense, cuts), _sliced(dense, cuts)
     expected = _logits(masked)
@@ -139,7 +150,7 @@ def test_sliced_computes_what_masked_does(case: str, widths: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("widths", [UNIFORM, FREE, EMPTY])
-@pytest.mark.parametrize("case", ["gqa, head_dim of its own", "fused qkv and gate_up", "sliding windows, norms on both sides"])
+@pytest.mark.parametrize("case", ["mqa", "sliding windows, norms on both sides"])
 def test_generation_of_sliced_equals_that_of_masked(case: str, widths: str) -> None:
     """Greedy, on the cache generate makes, also where the first layer puts no keys into it."""
     dense = _model(case)
@@ -152,22 +163,23 @@ def test_generation_of_sliced_equals_that_of_masked(case: str, widths: str) -> N
     assert written[0].shape == (2, 24) and torch.equal(*written)
 
 
-@pytest.mark.parametrize("widths", [UNIFORM, FREE])
 @pytest.mark.parametrize("case", CASES)
-def test_parameters_that_go_are_those_counted(case: str, widths: str) -> None:
+def test_parameters_that_go_are_those_counted(case: str) -> None:
     """Groups that went times the parameters of one, to the last; and the Linears say what they hold."""
     dense = _model(case)
     modules = _modules(dense)
-    cuts = _cuts(modules, widths)
+    cuts = _cuts(modules, FREE)
     sliced = _sliced(dense, cuts)
     gone = sum((module.num_groups - len(cuts[module.name].kept_G)) * module.parameters_per_group for module in modules)
     assert gone > 0 and sliced.num_parameters() == dense.num_parameters() - gone
     for linear in (module for module in sliced.modules() if isinstance(module, nn.Linear)):
         assert linear.weight.shape == (linear.out_features, linear.in_features) and linear.weight.is_contiguous()
         assert linear.bias is None or linear.bias.shape == (linear.out_features,)
+    for transposed in (module for module in sliced.modules() if isinstance(module, Conv1D)):
+        assert transposed.weight.shape == (transposed.nx, transposed.nf) and transposed.weight.is_contiguous()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LOADABLE)
 def test_uniform_widths_load_with_the_stock_class(case: str, tmp_path: Path) -> None:
     """Bit-equal logits after save and load, with the new weights in the file and no key of ours in the config."""
     model = _model(case, torch.float32)
@@ -182,8 +194,8 @@ def test_uniform_widths_load_with_the_stock_class(case: str, tmp_path: Path) -> 
     assert type(loaded) is type(model) and torch.equal(_logits(loaded), _logits(model))
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["intermediate_size"] == 64 and set(saved) <= keys | {"architectures", "transformers_version", "dtype"}
-    if case != "mqa":
-        assert saved["num_key_value_heads"] == 2 and saved["head_dim"] == modules[0].head_dim
+    heads = (2, 1) if case == "mqa" else (2 * modules[0].num_query_heads, 2)
+    assert (saved["num_attention_heads"], saved["num_key_value_heads"]) == heads and saved["head_dim"] == modules[0].head_dim
     for module in modules:
         stored_OK = loaded.get_submodule(module.consumer.name).weight
         weight_OK = cuts[module.name].weight_OK
@@ -211,16 +223,44 @@ def test_head_counts_a_config_refuses_are_known_beforehand() -> None:
         uniform_fields(llama, modules, _counts(cuts))
 
 
-def test_a_config_that_cannot_say_the_widths_is_noticed() -> None:
-    """Helium's output projection is square whatever its heads: the sliced model works, but not as a checkpoint."""
-    model = make_model("helium")
+@pytest.mark.parametrize(
+    ("case", "weight"),
+    [("helium", r"model\.layers\.0\.self_attn\.o_proj"), ("gpt2", r"transformer\.h\.0\.attn\.c_attn"),
+     ("jamba", r"model\.layers\.2\.feed_forward\.experts\.gate_up_proj")],
+)  # fmt: skip
+def test_a_config_that_cannot_say_the_widths_is_noticed(case: str, weight: str) -> None:
+    """Before anything is cut: output projections square whatever the heads, or experts of the FFNs' width."""
+    model = make_model(case)
+    modules = _modules(model)
+    with pytest.raises(UnsupportedModel, match=rf"{weight}(\.weight)? is .* its config cannot say"):
+        uniform_fields(model, modules, _counts(_cuts(modules, UNIFORM)))
+    assert case == "jamba" or uniform_counts(model, modules[0]) == (modules[0].num_groups,)
+
+
+def test_channels_of_gpt2_load_with_the_stock_class(tmp_path: Path) -> None:
+    """Its config has no number for them until some went; its heads stay."""
+    model = _model("transposed", torch.float32)
+    modules = [module for module in _modules(model) if module.kind == "ffn"]
+    cuts = _cuts(tuple(modules), UNIFORM)
+    fields = uniform_fields(model, _modules(model), _counts(cuts))
+    slice_model_(model, modules, cuts, _ids())
+    describe_(model, modules, fields)
+    model.save_pretrained(tmp_path)
+    assert fields == {"n_inner": 128} and model.config.n_head == 4
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), _logits(model))
+
+
+def test_latent_heads_load_with_the_stock_class(tmp_path: Path) -> None:
+    """Head counts go, the sizes of heads stay as they are."""
+    model = _model("latent", torch.float32)
     modules = _modules(model)
     cuts = _cuts(modules, UNIFORM)
     fields = uniform_fields(model, modules, _counts(cuts))
     slice_model_(model, modules, cuts, _ids())
-    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0\.self_attn\.o_proj\.weight is \[64, 32\]"):
-        describe_(model, modules, fields)
-    assert model.config.num_key_value_heads == 2
+    describe_(model, modules, fields)
+    model.save_pretrained(tmp_path)
+    assert fields == {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), _logits(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
