@@ -268,8 +268,8 @@ class Search:
         self.num_evaluated += len(candidates)
         for stage in self.stages[:-1]:
             if len(candidates) > stage.survivors:
-                draw = {} if stage.num_tokens is None else {"num_tokens": stage.num_tokens}
-                rough = _ranked(fitness(candidates, self._rng, **draw))
+                draw = () if stage.num_tokens is None else (stage.num_tokens,)
+                rough = _ranked(fitness(candidates, self._rng, *draw))
                 order = sorted(range(len(candidates)), key=lambda number: rough[number])
                 candidates = [candidates[number] for number in order[: stage.survivors]]
         self._known.update(candidates)

@@ -40,18 +40,23 @@ class Part:
         rows_NLX = values_NSX[:, : self.length]
         return rows_NLX if self.rows == tuple(range(len(values_NSX))) else rows_NLX[list(self.rows)]
 
+    def within(self, run: Part) -> Part:
+        """Where it lies in the values of a part that holds it."""
+        return Part(self.chunk, tuple(run.rows.index(row) for row in self.rows), self.length)
+
 
 def whole(chunk: int, hidden_NSH: Tensor) -> Part:
     """All of a chunk."""
     return Part(chunk, tuple(range(len(hidden_NSH))), hidden_NSH.shape[1])
 
 
-def draw(hidden: Sequence[Tensor], rng: random.Random, num_tokens: int | None) -> list[Part]:
+def draw(hidden: Sequence[Tensor], rng: random.Random, num_tokens: int | None, *, together: bool = False) -> list[Part]:
     """Random sequences without replacement, the last of them cut off where ``num_tokens`` is reached (Sieberling et al. 2024,
     arXiv 2410.14649, section 3); all tokens where there are no more. ``num_tokens`` None: one of the chunks, as it is.
 
     Args:
         hidden: the chunks, each [N, S, H].
+        together: from as few chunks as can be, where a chunk costs as much as all that is drawn of it.
     """
     if num_tokens is None:
         chunk = rng.randrange(len(hidden))
@@ -59,6 +64,9 @@ def draw(hidden: Sequence[Tensor], rng: random.Random, num_tokens: int | None) -
     assert num_tokens >= 1
     rows = [(chunk, row) for chunk, hidden_NSH in enumerate(hidden) for row in range(len(hidden_NSH))]
     rng.shuffle(rows)
+    if together:
+        order = rng.sample(range(len(hidden)), len(hidden))
+        rows.sort(key=lambda row: order[row[0]])
     found: dict[tuple[int, int], list[int]] = {}
     for chunk, row in rows:
         length = min(hidden[chunk].shape[1], num_tokens)

@@ -293,7 +293,7 @@ class Divergence:
         last = len(self.stack.blocks) - 1
         watched = sorted({0, last // 2, last}) if self.hidden_weight else []
         self.hidden: dict[int, dict[int, Tensor]] = {index: {} for index in watched}
-        self.narrows: bool | None = None
+        self.cut: int | None = None
         dense: Candidate = (None,) * len(self.shelves.groups)
         outputs = self._outputs([dense], self._all, lambda at, _key, part, out: self.hidden[at].update({part.chunk: out}))
         self.dense = [outputs[dense, part] for part in self._all]
@@ -307,8 +307,10 @@ class Divergence:
         self, candidates: Sequence[Candidate], rng: random.Random | None, num_tokens: int | None = None
     ) -> list[float]:
         """See :class:`llmprune.allocate.evolution.Fitness`; with ``rng`` alone a chunk is drawn."""
-        parts = self._all if rng is None else draw(self.recording.hidden, rng, num_tokens)
-        runs = {part: self._run(part) for part in parts}
+        if self.cut is None and num_tokens is not None:
+            self.cut = self._probe()
+        parts = self._all if rng is None else draw(self.recording.hidden, rng, num_tokens, together=self.cut == 2)
+        runs = {part: self._widened(part)[self.cut or 0] for part in parts}
         # The hidden states before and after a block, of as many candidates as fit.
         hidden = self.recording.hidden
         size = sum(run.num_tokens * hidden[run.chunk][0, 0].nbytes for run in set(runs.values()))
@@ -321,14 +323,13 @@ class Divergence:
         return spread(candidates, work, self.device)
 
     def _measure(self, candidates: Sequence[Candidate], runs: Mapping[Part, Part]) -> list[float]:
-        """Divergences on the parts, of which ``runs`` has what is run for each: itself or its whole chunk."""
+        """Divergences on the parts, of which ``runs`` has what is run for each, itself or more."""
         errors: dict[tuple[int, Candidate], float] = defaultdict(float)
 
         def watch(index: int, key: Candidate, ran: Part, out_NSH: Tensor) -> None:
             for part, run in runs.items():
                 if run == ran:
-                    dense_RLH = part.of(self.hidden[index][part.chunk])
-                    errors[index, key] += _norm(dense_RLH - (out_NSH if run == part else part.of(out_NSH)))
+                    errors[index, key] += _norm(part.of(self.hidden[index][part.chunk]) - part.within(run).of(out_NSH))
 
         outputs = self._outputs(candidates, list(dict.fromkeys(runs.values())), watch)
         sums = [0.0] * len(candidates)
@@ -350,8 +351,7 @@ class Divergence:
     @staticmethod
     def _log_probs(logits: Logits, part: Part, run: Part, hidden_RLH: Tensor) -> Tensor:
         """Of a part [R, L, V], from what the last block put out where ``run`` was run."""
-        logits_RLV = logits(run.chunk, hidden_RLH)
-        return F.log_softmax((logits_RLV if run == part else part.of(logits_RLV)).float(), dim=-1)
+        return F.log_softmax(part.within(run).of(logits(run.chunk, hidden_RLH)).float(), dim=-1)
 
     @torch.no_grad()
     def _outputs(
@@ -395,28 +395,29 @@ class Divergence:
         """What of a candidate the outputs of a block depend on."""
         return candidate if self.recording.stateful or index < 0 else candidate[: self.cuts[index]]
 
-    def _run(self, part: Part) -> Part:
-        """What is run for a part: itself, or its whole chunk where the model cannot be called with less."""
+    def _widened(self, part: Part) -> tuple[Part, Part, Part]:
+        """What can be run for a part: itself, its sequences to their ends, its chunk."""
         full = whole(part.chunk, self.recording.hidden[part.chunk])
-        if part == full:
-            return full
-        if self.narrows is None:
-            self.narrows = self._probe()
-        return part if self.narrows else full
+        return part, Part(part.chunk, part.rows, full.length), full
 
-    def _probe(self) -> bool:
-        """Whether the blocks and the head give for a part of the first chunk what they give for all of it."""
+    def _probe(self) -> int:
+        """The first of :meth:`_widened` for which the blocks and the head give what they give for a whole chunk."""
         num_rows, length = self.recording.hidden[0].shape[:2]
-        part, dense = Part(0, (num_rows - 1,), max(1, 2 * length // 3)), (None,) * len(self.shelves.groups)
-        try:
-            found = self._outputs([dense], [part], lambda *_: None)[dense, part]
-            with self.head() as logits:
-                pairs = [(found, part.of(self.dense[0])), (logits(0, found), part.of(logits(0, self.dense[0])))]
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            return False
-        return all(
-            one.shape == other.shape and _norm(one - other) <= torch.finfo(one.dtype).eps * _norm(other) for one, other in pairs
-        )
+        widened, dense = self._widened(Part(0, (num_rows - 1,), max(1, 2 * length // 3))), (None,) * len(self.shelves.groups)
+        for cut, part in enumerate(widened[:2]):
+            try:
+                found = self._outputs([dense], [part], lambda *_: None)[dense, part]
+                with self.head() as logits:
+                    pairs = [(found, part.of(self.dense[0])), (logits(0, found), part.of(logits(0, self.dense[0])))]
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                continue
+            if all(one.shape == other.shape and _close(one, other) for one, other in pairs):
+                return cut
+        return 2
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return _norm(one - other) <= torch.finfo(one.dtype).eps * _norm(other)
 
 
 def _norm(values: Tensor) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmprune.allocate import SiteFacts
 from llmprune.allocate.budget import Budget
-from llmprune.allocate.evolution import Ladder, Levels, Search, climb, mutate
+from llmprune.allocate.evolution import Ladder, Levels, Search, Stage, climb, mutate
 from llmprune.allocate.mixed import MAX_MISS, SLACK, Menu
 from llmprune.errors import ConfigError
 from llmprune.spec import Scope
@@ -84,6 +86,165 @@ def test_a_generation_without_noise_keeps_the_best_of_all() -> None:
     search = Search(_ladder((3, 3, 3)), 1, 12, 0)
     best = _run(search, watched)
     assert len(seen) > 8 and _separable([best], None)[0] == min(seen.values())
+
+
+THREE = (Stage(2048, 6), Stage(16384, 3), Stage(None, 1))
+
+
+def test_every_stage_measures_what_is_left_on_tokens_of_its_own() -> None:
+    """All, the best six of them by the first draw, the best three of those by the second, on the whole set at the end."""
+    asked: list[tuple[list[Levels], int | None, list[float]]] = []
+
+    def noisy(candidates: Sequence[Levels], rng: random.Random | None, num_tokens: int | None = None) -> list[float]:
+        found = _separable(candidates, None) if rng is None else [rng.random() for _ in candidates]
+        asked.append((list(candidates), num_tokens, found))
+        assert (rng is None) == (num_tokens is None)
+        return found
+
+    search = Search(_ladder((2, 3, 2)), 1, 9, 0, THREE)
+    assert search.survivors == 3
+    best = _run(search, noisy)
+    assert [(len(own), num_tokens) for own, num_tokens, _ in asked] == [(1, None), (9, 2048), (6, 16384), (3, None)]
+    for (own, _, found), (after, _, _) in itertools.pairwise(asked[1:]):
+        assert after == [one for _, one in sorted(zip(found, own, strict=True))][: len(after)]
+    (last, _, found) = asked[-1]
+    assert best == min(zip(found, last, strict=True))[1] and search.num_evaluated == 10
+
+
+@pytest.mark.parametrize("stages", [(), THREE, (Stage(None, 1),)])
+def test_stages_without_noise_keep_the_best_of_all(stages: tuple[Stage, ...]) -> None:
+    """Of the offspring and the parent, in any number of stages."""
+    seen: dict[Levels, float] = {}
+
+    def watched(candidates: Sequence[Levels], rng: random.Random | None, _num_tokens: int | None = None) -> list[float]:
+        seen.update(zip(candidates, _separable(candidates, rng), strict=True))
+        return _separable(candidates, rng)
+
+    best = _run(Search(_ladder((3, 3, 3)), 1, 12, 0, stages), watched)
+    assert len(seen) > 8 and _separable([best], None)[0] == min(seen.values())
+
+
+def test_nan_never_wins() -> None:
+    """Neither a stage nor the search, as a candidate or at the start."""
+
+    def holey(candidates: Sequence[Levels], _rng: random.Random | None, _num_tokens: int | None = None) -> list[float]:
+        found = _separable(candidates, None)
+        return [math.nan if 4 in one else divergence for one, divergence in zip(candidates, found, strict=True)]
+
+    search = Search(_ladder((4, 3, 2)), 20, 8, 0, THREE)
+    best = _run(search, holey)
+    feasible = [one for one in itertools.product(range(4), repeat=3) if sum(one) == 9]
+    assert best in feasible and _separable([best], None)[0] == min(_separable(feasible, None)) == search.best
+    assert search.curve[0] == (0, math.inf) and search.curve[1][1] < math.inf
+
+
+def _hash_noise(candidates: Sequence[Levels], rng: random.Random | None, num_tokens: int | None = None) -> list[float]:
+    """Of the levels, and where tokens are drawn of the draw."""
+    draw = rng.random() if rng is not None else 0.0
+    return [random.Random(f"{one} {draw} {num_tokens}").random() / (1 + sum(one)) for one in candidates]
+
+
+@pytest.mark.parametrize("stages", [(), THREE])
+def test_a_search_stopped_after_any_generation_goes_on_as_if_it_were_not(stages: tuple[Stage, ...]) -> None:
+    """Restored from JSON by a new search: the same candidates, curve, count and result, and the same state after each step."""
+
+    def search() -> Search:
+        return Search(_ladder((2, 3, 2, 1), slack=1), 9, 10, 5, stages, max_moves=4)
+
+    whole, states = search(), []
+    asked: list[list[Levels]] = []
+
+    def watched(candidates: Sequence[Levels], rng: random.Random | None, num_tokens: int | None = None) -> list[float]:
+        asked.append(list(candidates))
+        return _hash_noise(candidates, rng, num_tokens)
+
+    states.append((json.dumps(whole.snapshot()), 0))
+    for number in whole.run(watched):
+        assert number == len(states)
+        states.append((json.dumps(whole.snapshot()), len(asked)))
+    end, result = json.dumps(whole.snapshot()), (whole.parent, whole.best, whole.curve, whole.num_evaluated)
+    assert len(states) == 10 and len(whole.curve) > 1 and end == states[-1][0]
+    before = list(asked)
+    for number, (state, num_asked) in enumerate(states):
+        again = search()
+        again.restore_(json.loads(state))
+        asked.clear()
+        after = [json.dumps(again.snapshot()) for _ in again.run(watched)]
+        assert after == [one for one, _ in states[number + 1 :]] and asked == before[num_asked:]
+        assert (again.parent, again.best, again.curve, again.num_evaluated) == result
+        assert again.num_generations == 9 and json.dumps(again.snapshot()) == end
+
+
+def test_a_search_that_found_nothing_more_is_restored_as_such() -> None:
+    """Its last state is the one before it looked in vain."""
+    both = Search(_ladder((1, 0), num_rungs=2), 50, 8, 0)
+    running = both.run(_hash_noise)
+    next(running)
+    before = both.snapshot()
+    assert list(running) == [] and both.snapshot() == before
+
+
+@pytest.mark.parametrize(("max_moves", "shares"), [(3, (5, 3, 1)), (4, (7, 5, 3, 1))])
+def test_the_number_of_moves(max_moves: int, shares: tuple[int, ...]) -> None:
+    """The lesser of two dice: of sixteen 7, 5, 3 and 1 for up to four; seen where every move takes what none gives back."""
+    ladder = Ladder(((0,),), (tuple((level,) for level in range(99)),), (0,), 0, 98)
+    rng, seen = random.Random(0), Counter[int]()
+    for _ in range(4000):
+        moved = mutate(ladder, (49,), rng, max_moves)
+        seen[abs(moved[0] - 49) if moved else 0] += 1
+    assert max(seen) == max_moves == len(shares)
+    # m moves of one rung up or down end m away in one of 2^(m-1) ways.
+    assert seen[max_moves] / 4000 == pytest.approx(shares[-1] / sum(shares) / 2 ** (max_moves - 1), abs=0.02)
+
+
+def _shared(rungs: Sequence[Sequence[int]], start: Levels, slack: int = 0) -> Ladder:
+    """Groups whose levels are worth different numbers of parameters, in one budget."""
+    members = tuple((group,) for group in range(len(rungs)))
+    counts = tuple(tuple((count,) for count in own) for own in rungs)
+    total = sum(own[level] for own, level in zip(rungs, start, strict=True))
+    return Ladder(members, counts, start, total - slack, total + slack)
+
+
+def _neighbours(ladder: Ladder, parent: Levels) -> set[Levels]:
+    """By brute force: one group a rung one way, others any rungs the other way, none of which could be left out."""
+    found = set()
+    for one in itertools.product(*(range(len(rungs)) for rungs in ladder.zeros)):
+        steps = [after - before for after, before in zip(one, parent, strict=True)]
+        if not ladder.low <= ladder.total(one) <= ladder.high:
+            continue
+        for group, sign in ((group, step) for group, step in enumerate(steps) if abs(step) == 1):
+            others = [other for other, step in enumerate(steps) if step and other != group]
+            if any(steps[other] * sign > 0 for other in others):
+                continue
+            # The last repair is of some group, without which the sum is still out of bounds on the first one's side.
+            before = [ladder.total(tuple(level - (number == other) * int(math.copysign(1, steps[number]))
+                                         for number, level in enumerate(one))) for other in others]  # fmt: skip
+            if not others or any(sum_ > ladder.high if sign > 0 else sum_ < ladder.low for sum_ in before):
+                found.add(one)
+    return found - {parent}
+
+
+@pytest.mark.parametrize(
+    ("rungs", "start", "slack"),
+    [
+        ([[98304 * n for n in range(3)]] * 2 + [[24576 * n for n in range(9)]] * 2, (1, 1, 4, 4), 0),
+        ([[98304 * n for n in range(3)], [24576 * n for n in range(9)]], (1, 4), 0),
+        ([[98304 * n for n in range(3)]] * 2 + [[24576 * n for n in range(4)]] * 3, (1, 1, 2, 1, 2), 0),
+        ([[7 * n for n in range(3)], [3 * n for n in range(5)], [2 * n for n in range(5)]], (1, 2, 2), 0),
+        ([[7 * n for n in range(3)], [3 * n for n in range(5)], [2 * n for n in range(5)]], (1, 2, 2), 1),
+    ],
+)
+def test_one_move_reaches_every_neighbour_within_the_budget(rungs: list[list[int]], start: Levels, slack: int) -> None:
+    """Where one group's level is worth several of another's: several rungs of one or of several others balance it."""
+    ladder = _shared(rungs, start, slack)
+    rng, seen = random.Random(0), set()
+    for _ in range(3000):
+        moved = mutate(ladder, start, rng, 1)
+        assert moved is not None and ladder.low <= ladder.total(moved) <= ladder.high
+        seen.add(moved)
+    assert seen == _neighbours(ladder, start) and len(seen) > 1
+    assert any(one[0] != start[0] and all(other == level for other, level in zip(one[2:-1], start[2:-1], strict=True))
+               for one in seen)  # fmt: skip
 
 
 def _of_two_kinds(start: Levels) -> Ladder:
