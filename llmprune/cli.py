@@ -24,6 +24,7 @@ from llmprune.cli_measure import benchmark, generate
 from llmprune.cli_options import (
     AllocationName,
     BatchSize,
+    Budget,
     Calibration,
     Damping,
     Device,
@@ -63,6 +64,12 @@ from llmprune.cli_options import (
     Skip,
     Sparsity,
     TrustRemoteCode,
+    TyrGenerations,
+    TyrHiddenWeight,
+    TyrIterations,
+    TyrOffspring,
+    TyrPreset,
+    WidthsName,
     check_streams,
     config_fields,
     error_console,
@@ -76,7 +83,7 @@ from llmprune.cli_options import (
 from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
-from llmprune.methods import METHODS, REFINED
+from llmprune.methods import METHODS, REFINED, STRUCTURAL
 from llmprune.spec import BUNDLED_MODEL, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
 
@@ -99,6 +106,13 @@ def prune(
     method: Method = None,
     sparsity: Sparsity = None,
     pattern: PatternName = None,
+    widths: WidthsName = None,
+    budget: Budget = None,
+    tyr_preset: TyrPreset = None,
+    tyr_iterations: TyrIterations = None,
+    tyr_generations: TyrGenerations = None,
+    tyr_offspring: TyrOffspring = None,
+    tyr_hidden_weight: TyrHiddenWeight = None,
     scope: ScopeName = None,
     allocation: AllocationName = None,
     evolution_generations: EvolutionGenerations = None,
@@ -219,6 +233,13 @@ def plan(
     method: Method = None,
     sparsity: Sparsity = None,
     pattern: PatternName = None,
+    widths: WidthsName = None,
+    budget: Budget = None,
+    tyr_preset: TyrPreset = None,
+    tyr_iterations: TyrIterations = None,
+    tyr_generations: TyrGenerations = None,
+    tyr_offspring: TyrOffspring = None,
+    tyr_hidden_weight: TyrHiddenWeight = None,
     scope: ScopeName = None,
     allocation: AllocationName = None,
     evolution_generations: EvolutionGenerations = None,
@@ -289,9 +310,13 @@ def methods(as_json: Json = False) -> None:
             }
             for method in METHODS.values()
         ]  # fmt: skip
-        typer.echo(json.dumps({"methods": table, "refined": REFINED}, indent=1))
+        structural = [
+            {"name": method.name, "pattern": method.structure, "summary": method.summary, "paper": method.paper}
+            for method in STRUCTURAL.values()
+        ]
+        typer.echo(json.dumps({"methods": table, "refined": REFINED, "structural": structural}, indent=1))
     else:
-        print_methods(METHODS.values(), Console())
+        print_methods([*METHODS.values(), *STRUCTURAL.values()], Console())
 
 
 app.command(epilog="Example: llmprune benchmark pruned-packed --against pruned --device cpu")(benchmark)

@@ -39,7 +39,8 @@ from llmprune.io.render import (
     times,
     verdict_parts,
 )
-from llmprune.report import Latency, Packed, Report, Speed
+from llmprune.io.structure_text import removed_units, search_line
+from llmprune.report import Latency, Packed, Report, Speed, StructureReport
 from llmprune.speed import overlap
 from llmprune.speed_tables import print_benchmark
 from llmprune.terminal import add_row, make_table
@@ -52,6 +53,7 @@ LABELS: dict[Stage, str] = {
     "dense": "Measuring dense model",
     "allocate": "Sharing sparsity",
     "prune": "Pruning blocks",
+    "structure": "Choosing what goes",
     "refine": "Refining the mask",
     "reconstruct": "Tuning kept weights",
     "pruned": "Measuring pruned model",
@@ -73,7 +75,9 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text.assemble((word, STYLES[report.verdict.status]), ". ", printable(sentence)))
     if report.quality:
         console.print(_quality(report))
-    console.print(_sparsity(report))
+    console.print(_structure(report, report.structure) if report.structure else _sparsity(report))
+    if report.structure and (line := search_line(report.structure)):
+        console.print(Text(line))
     if report.refinement:
         console.print(Text(refinement_line(report.refinement, duration(report.refinement.seconds))))
     for line in (permutation_line(report), reconstruction_line(report)):
@@ -132,6 +136,18 @@ def _sparsity(report: Report) -> Table:
         if search := report.allocation.search:
             add_row(table, "  KL of the allocation, dp and found", "", "", f"{search.kl_start:.4f} - {search.kl_end:.4f}")
     add_row(table, "whole model", count(report.num_zeros_model), count(model), percent(report.sparsity_of_model))
+    return table
+
+
+def _structure(report: Report, structure: StructureReport) -> Table:
+    table = make_table("Taken out", "before", "now", "fraction")
+    for item in removed_units(structure, report.model.num_blocks):
+        add_row(table, item.unit, count(item.num_before), count(item.num_kept), percent(item.sparsity))
+    before, now = structure.num_parameters_dense, structure.num_parameters
+    add_row(table, "parameters", count(before), count(now), percent(structure.sparsity_of_model))
+    if structure.kv_bytes_dense and structure.kv_bytes is not None:
+        gone = percent(1 - structure.kv_bytes / structure.kv_bytes_dense)
+        add_row(table, "KV cache, bytes a token", count(structure.kv_bytes_dense), count(structure.kv_bytes), gone)
     return table
 
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Report, SiteReport
 
 Stage = Literal[
-    "fetch", "load", "calibration", "dense", "allocate", "prune", "refine", "reconstruct", "pruned", "save", "benchmark",
-    "generate", "convert",
+    "fetch", "load", "calibration", "dense", "allocate", "prune", "structure", "refine", "reconstruct", "pruned", "save",
+    "benchmark", "generate", "convert",
 ]  # fmt: skip
 
 

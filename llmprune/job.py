@@ -35,7 +35,7 @@ from llmprune.io.text import TokenSet, check_source, load_calibration, load_eval
 from llmprune.measure.benchmark import benchmark_models
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import DENSE_NOTE
-from llmprune.methods import get_method, method_of
+from llmprune.methods import method_of
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
 from llmprune.refining import Refining, check_refinement, copy_weights, put_back, tuned_report
 from llmprune.report import (
@@ -49,10 +49,13 @@ from llmprune.report import (
     Report,
     Speed,
     StageReport,
+    StructureReport,
 )
 from llmprune.scoring import Scores, Scoring
 from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
 from llmprune.stages import StageClock
+from llmprune.structuring.choice import Setting
+from llmprune.structuring.stage import Structuring, check_structure
 from llmprune.walking import JournaledWalk, record_batches
 
 _E = TypeVar("_E", bound=Event)
@@ -87,6 +90,7 @@ class Job:
     resumed: bool = False
     allocation: AllocationReport | None = None
     refinement: RefinementReport | None = None
+    structure: StructureReport | None = None
     packed: Packed | None = None
     benchmark: Benchmark | None = None
 
@@ -102,10 +106,13 @@ class Job:
                 yield from self._calibrate()
                 self._open_journal()
                 yield from self._measure_dense()
-                yield from self._allocate()
-                yield from self._prune()
-                yield from self._refine()
-                yield from self._reconstruct()
+                if Pattern.parse(self.config.pattern).structure:
+                    yield from self._structure()
+                else:
+                    yield from self._allocate()
+                    yield from self._prune()
+                    yield from self._refine()
+                    yield from self._reconstruct()
                 yield from self._measure_pruned()
                 yield from self._benchmark()
                 yield from self._save()
@@ -181,10 +188,7 @@ class Job:
             )
         text_config = self.model.config.get_text_config()
         self.seq_len = self.config.seq_len or default_seq_len(text_config)
-        with dispatched(self.model, self.device):
-            device = module_device(self.model)
-            ids = torch.arange(16, device=device)[None] % text_config.vocab_size
-            self.stack = probe(self.model, find_stack(self.model), ids)
+        self.stack = self._probe()
         self._check_sites(self.stack)
         _check_finite(self.stack)
         self.model_report = describe_model(self.model, self.stack, self.source)
@@ -302,6 +306,18 @@ class Job:
         if self.config.permute:
             for message in permutation_messages(self.blocks):
                 yield self._warn(message)
+        yield clock.finished(before + clock.seconds)
+
+    def _structure(self) -> Iterator[Event]:
+        """Take out what goes whole."""
+        clock = self._clock("structure")
+        assert self.model is not None
+        structuring = Structuring(
+            Setting(self.model, self.stack, self.config, self.calibration.ids_NS, self.batch_size, self.device, self.journal)
+        )
+        yield clock.started(structuring.total, resumed_at=structuring.done)
+        self.structure, before = yield from self._noted(structuring.run())
+        self.stack = self._probe()
         yield clock.finished(before + clock.seconds)
 
     def _refine(self) -> Iterator[Event]:
@@ -427,18 +443,18 @@ class Job:
         assert self.model is not None
         latency = None
         if self.config.latency:
-            latency = Latency(
-                device=device_name(self.device), dense=self.dense.speed, pruned=self.pruned.speed, note=DENSE_NOTE
-            )
+            note = "" if self.structure else DENSE_NOTE
+            latency = Latency(device=device_name(self.device), dense=self.dense.speed, pruned=self.pruned.speed, note=note)
         return Report(
             config=self.config,
             model=self.model_report,
             environment=environment(self.device),
             calibration=self.calibration.report,
-            scope=self.config.target(get_method(self.config.method).scope).scope,
-            walk=self.walk_kind,
+            scope=self.config.target(method_of(self.config).scope).scope,
+            walk="none" if self.structure else self.walk_kind,
             allocation=self.allocation,
             refinement=self.refinement,
+            structure=self.structure,
             blocks=tuple(self.blocks),
             quality=self.pruned.quality,
             latency=latency,
@@ -463,8 +479,19 @@ class Job:
     def _journal_of(out: Path) -> Journal:
         return Journal(out.with_name(out.name + ".work"))
 
+    def _probe(self) -> Stack:
+        """Find the stack of blocks, and what can be known of it by a forward."""
+        assert self.model is not None
+        with dispatched(self.model, self.device):
+            ids_1S = torch.arange(16, device=module_device(self.model))[None] % self.model.config.get_text_config().vocab_size
+            return probe(self.model, find_stack(self.model), ids_1S)
+
     def _check_sites(self, stack: Stack) -> None:
         pattern = Pattern.parse(self.config.pattern)
+        if pattern.structure:
+            assert self.model is not None
+            check_structure(self.config, self.model, stack)
+            return
         chosen = self._sites()
         if not chosen:
             raise UnsupportedModel(
@@ -483,7 +510,7 @@ class Job:
             seq_len=self.seq_len,
             hidden_size=hidden_size,
             itemsize=self.model.dtype.itemsize,
-            need=get_method(self.config.method).needs,
+            need=method_of(self.config).needs,
             one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device),
             tuned_sites=max(self.stack.sites, key=total_weights) if self.config.reconstruct else (),
@@ -493,7 +520,7 @@ class Job:
         """A warning where the calibration tokens cannot give every Gram matrix its rank."""
         widest = max((site for sites in self.stack.sites for site in sites), key=lambda site: site.shape[1])
         tokens = self.calibration.ids_NS.numel()
-        if get_method(self.config.method).needs < Need.GRAM or tokens >= widest.shape[1]:
+        if method_of(self.config).needs < Need.GRAM or tokens >= widest.shape[1]:
             return None
         return (
             f"{tokens} calibration tokens are fewer than the {widest.shape[1]} inputs of {widest.name}: its Gram matrix lacks "

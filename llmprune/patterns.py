@@ -12,6 +12,14 @@ from typing import Literal
 from llmprune.errors import ConfigError, PatternError
 
 Scope = Literal["row", "matrix", "block"]
+Structure = Literal["structured", "blocks", "experts"]
+"""What goes whole: groups of heads and channels, decoder blocks, or experts."""
+STRUCTURE_METHODS: dict[Structure, tuple[str, ...]] = {
+    "structured": ("tyr", "flap", "magnitude"),
+    "blocks": ("block-qubo", "drop-one", "shortgpt"),
+    "experts": ("reap", "frequency"),
+}
+"""The methods of each structure, the default first."""
 MIXED = "mixed"
 _N_TO_M = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
 _MAX_M = 32
@@ -30,29 +38,35 @@ class Need(IntEnum):
 class Pattern:
     """Where zeros may lie: anywhere (``n`` is None), or ``n`` weights KEPT in every ``m`` consecutive inputs.
 
-    A job's pattern may also be ``mixed``: then every site has one of its own, and no site has this one.
+    A job's pattern may also be ``mixed``: then every site has one of its own, and no site has this one. Or it names a
+    ``structure`` that goes whole, and matrices get smaller instead of sparse.
     """
 
     n: int | None = None
     m: int | None = None
     mixed: bool = False
+    structure: Structure | None = None
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read ``unstructured``, ``mixed`` or ``n:m`` with 0 < n < m; raises ConfigError."""
+        """Read ``unstructured``, ``mixed``, a structure, or ``n:m`` with 0 < n < m; raises ConfigError."""
+        for structure in STRUCTURE_METHODS:
+            if text == structure:
+                return cls(structure=structure)
         if text in ("unstructured", MIXED):
             return cls(mixed=text == MIXED)
         match = _N_TO_M.fullmatch(text)
         if not match or not 0 < int(match[1]) < int(match[2]) <= _MAX_M:
             raise ConfigError(
                 f"pattern {text!r} is unknown; use 'unstructured', 'n:m' with 0 < n < m <= {_MAX_M}, such as '2:4' "
-                "(n weights kept in every m consecutive inputs), or 'mixed' (an n:m of its own for every matrix)."
+                "(n weights kept in every m consecutive inputs), 'mixed' (an n:m of its own for every matrix), or what goes "
+                f"whole: {', '.join(map(repr, STRUCTURE_METHODS))}."
             )
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         if self.m is None:
-            return MIXED if self.mixed else "unstructured"
+            return self.structure or (MIXED if self.mixed else "unstructured")
         return f"{self.n}:{self.m}"
 
     @property

@@ -39,6 +39,8 @@ from llmprune.methods import method_of
 from llmprune.refining import settings_of
 from llmprune.report import Plan, StagePlan
 from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
+from llmprune.structuring.cost import Cost, Sizes, structure_cost
+from llmprune.structuring.stage import check_structure
 
 _EFFICIENCY = 0.5
 """Share of a plain matrix product's rate that a whole forward reaches, as measured on small and medium models."""
@@ -93,8 +95,12 @@ class _Planner:
         self.sites = [site for sites in stack.sites for site in select(sites, config.skip)]
         blocks = [select(sites, config.skip) for sites in stack.sites]
         self.tuned_sites = max(blocks, key=total_weights) if config.reconstruct else []
-        check_pattern(self.sites, Pattern.parse(config.pattern))
-        check_budget(config, self.sites)
+        self.structure = Pattern.parse(config.pattern).structure
+        if self.structure:
+            check_structure(config, model, stack)
+        else:
+            check_pattern(self.sites, Pattern.parse(config.pattern))
+            check_budget(config, self.sites)
         self.need = method.needs
         self.seq_len = config.seq_len or default_seq_len(self.text_config)
         self.weights = sum(parameter.numel() for parameter in model.parameters()) * self.itemsize
@@ -102,6 +108,7 @@ class _Planner:
         self.evaluation_tokens = sum(
             min(_evaluation_tokens(source, self.seq_len), config.max_eval_tokens or 2**62) for source in config.eval_sources()
         )
+        self.cost = self._structure_cost(model, stack) if self.structure else None
         return self._assemble(model, stack, dtype)
 
     def _assemble(self, model: PreTrainedModel, stack: Stack, dtype: str) -> Plan:
@@ -114,7 +121,7 @@ class _Planner:
         hidden = config.num_samples * self.seq_len * self.text_config.hidden_size * self.itemsize
         dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
         copies = 3 if config.export == "packed" else 2  # the dense file is there until the packed one is whole
-        disk = copies * self.weights + 2 * hidden + dense_hidden
+        disk = copies * self.weights + 2 * hidden + dense_hidden + (self.cost.disk_bytes if self.cost else 0)
         if config.refine != "none":  # masks, and where they are tuned the blocks once more
             disk += total_weights(self.sites) // 4 + (self.weights if config.reconstruct else 0)
         where = self.out.resolve()
@@ -187,8 +194,14 @@ class _Planner:
         needs = [
             ("load", 0.0, 0, 0),
             ("dense", (forward + head) * self.evaluation_tokens, scoring + activations, dense_hidden),
-            *self._survey(forward, tokens, pruning),
-            *self._pruning((forward * passes) * tokens + rounds * gram, pruning, tuning, tuning_bytes, forward + head),
+            *(
+                [("structure", self.cost.flops, max(pruning, self.cost.working_bytes), self.cost.kept_bytes)]
+                if self.cost
+                else [
+                    *self._survey(forward, tokens, pruning),
+                    *self._pruning((forward * passes) * tokens + rounds * gram, pruning, tuning, tuning_bytes, forward + head),
+                ]
+            ),
             ("pruned", (forward + 2 * head) * self.evaluation_tokens, comparing + activations, dense_hidden),
             ("save", 0.0, 0, 0),
         ]
@@ -199,7 +212,7 @@ class _Planner:
                 self.weights
                 if resident
                 else self.block_weights
-                if name in ("prune", "allocate", "reconstruct")
+                if name in ("prune", "allocate", "reconstruct", "structure")
                 else self.weights
             ) + working
             cpu = base + weights + kept + (0 if on_gpu else working)
@@ -236,6 +249,15 @@ class _Planner:
         refining = (settings.passes(len(self.sites)) or 0) * each
         stages = [("prune", walk, pruning, dense), ("refine", refining, working, dense)]
         return [*stages, ("reconstruct", tuning, tuning_bytes, dense + numel)] if config.reconstruct else stages
+
+    def _structure_cost(self, model: PreTrainedModel, stack: Stack) -> Cost:
+        hidden_size = self.text_config.hidden_size
+        sizes = Sizes(
+            num_tokens=self.config.num_samples * self.seq_len, seq_len=self.seq_len,
+            forward=2.0 * sum(site.numel for sites in stack.sites for site in sites),
+            head=2.0 * self.text_config.vocab_size * hidden_size, hidden_bytes=hidden_size * self.itemsize,
+        )  # fmt: skip
+        return structure_cost(self.config, model, stack, sizes)
 
     def _survey(self, forward: float, tokens: int, pruning: int) -> list[tuple[str, float, int, int]]:
         """What the pass over the dense model needs, where the allocation takes one: name, operations, working and kept bytes.
@@ -307,6 +329,8 @@ class _Planner:
         )  # fmt: skip
 
     def _walk(self, batch_size: int) -> str:
+        if self.structure:
+            return "none"
         if self.config.sequential == "block":
             return "two-pass"
         return "one-pass" if batch_size >= self.config.num_samples else "staged"

@@ -27,6 +27,7 @@ from llmprune.speed import Environment as Environment
 from llmprune.speed import Latency as Latency
 from llmprune.speed import Part
 from llmprune.speed import Speed as Speed
+from llmprune.structure import StructureReport as StructureReport
 
 SCHEMA_VERSION = 1
 BROKEN_RATIO = 2.0
@@ -296,6 +297,7 @@ class Report(Part):
     allocation: AllocationReport | None = None
     blocks: tuple[BlockReport, ...]
     refinement: RefinementReport | None = None
+    structure: StructureReport | None = None
     quality: tuple[Quality, ...]
     latency: Latency | None
     benchmark: Benchmark | None = None
@@ -310,13 +312,17 @@ class Report(Part):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
-        """Achieved fraction of zeros among the pruned sites' weights."""
+        """Achieved fraction of zeros among the pruned sites' weights, or of what could be taken out whole."""
+        if self.structure:
+            return self.structure.sparsity
         return fraction_of_zeros([site for block in self.blocks for site in block.sites])
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity_of_model(self) -> float:
-        """Fraction of zeros among all parameters of the model, embeddings and norms included."""
+        """Fraction of zeros, or of parameters gone, among all of the dense model, embeddings and norms included."""
+        if self.structure:
+            return self.structure.sparsity_of_model
         return self.num_zeros_model / self.model.num_parameters
 
     @computed_field  # type: ignore[prop-decorator]
@@ -335,13 +341,18 @@ class Report(Part):
     @property
     def verdict(self) -> Verdict:
         """The verdict on the worst evaluated text."""
-        return judge(self.quality, is_tuned=self.config.reconstruct)
+        remedy = "Lower the sparsity, or use --effort best."
+        if self.structure:
+            remedy = "Lower the sparsity, or train it back with `llmprune recover`."
+        elif self.config.reconstruct:
+            remedy = "Lower the sparsity."
+        return judge(self.quality, remedy)
 
 
-def judge(quality: tuple[Quality, ...], *, is_tuned: bool) -> Verdict:
+def judge(quality: tuple[Quality, ...], remedy: str) -> Verdict:
     """Broken above 2x the dense perplexity (or if it is not finite), degraded above 1.1x, good below.
 
-    What was reconstructed already is not told to be.
+    ``remedy`` is what to do about a broken one.
     """
     measured = [(item.ratio, item) for item in quality if item.ratio is not None]
     if not measured:
@@ -356,7 +367,6 @@ def judge(quality: tuple[Quality, ...], *, is_tuned: bool) -> Verdict:
     where = f"on {worst.text.source} at seq_len {worst.text.seq_len}"
     change = f"perplexity {worst.perplexity_dense:.2f} -> {worst.perplexity_pruned:.2f} ({ratio:.2f}x) {where}"
     if ratio > BROKEN_RATIO:
-        remedy = "Lower the sparsity." if is_tuned else "Lower the sparsity, or use --effort best."
         return Verdict(status="broken", text=f"Broken: {change}, more than {BROKEN_RATIO:g}x the dense model's. {remedy}")
     if ratio > DEGRADED_RATIO:
         return Verdict(status="degraded", text=f"Degraded but usable: {change}. Check it on your own task before use.")

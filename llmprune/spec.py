@@ -7,6 +7,7 @@ Torch-free.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from llmprune.efforts import EFFORTS
 from llmprune.errors import ConfigError
 from llmprune.patterns import MIXED as MIXED
+from llmprune.patterns import STRUCTURE_METHODS
 from llmprune.patterns import Need as Need
 from llmprune.patterns import Pattern as Pattern
 from llmprune.patterns import Scope as Scope
@@ -28,6 +30,9 @@ Refine = Literal["none", "icbs"]
 IcbsPreset = Literal["default", "paper"]
 IcbsHessian = Literal["fisher", "exact"]
 IcbsSolver = Literal["anneal", "greedy", "exhaustive"]
+Widths = Literal["free", "uniform"]
+StructureBudget = Literal["kinds", "parameters", "latency"]
+TyrPreset = Literal["local", "fast", "standard", "paper"]
 Export = Literal["dense", "packed"]
 PackedFormat = Literal["2:4", "bitmask"]
 PackFormat = Literal["auto", "2:4", "bitmask"]
@@ -36,6 +41,8 @@ BUNDLED_MODEL = "demo"
 PACKING_METHOD = "llmprune"
 """``quant_method`` in the config.json of a packed checkpoint."""
 DEFAULT_SPARSITY = 0.5
+DEFAULT_STRUCTURE_SPARSITY = 0.25
+"""What goes whole is missed more than single weights."""
 DEFAULT_GENERATIONS = 40
 DEFAULT_OFFSPRING = 16
 DEFAULT_RECONSTRUCT_STEPS = 120
@@ -88,11 +95,41 @@ class PruneConfig(BaseModel):
     )
     method: str = Field("wanda", description="Pruning method; see `llmprune methods`.")
     sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
-        DEFAULT_SPARSITY, description="Fraction of zeros among the pruned sites' weights; n:m patterns fix it themselves."
+        DEFAULT_SPARSITY,
+        description="Fraction of zeros among the pruned sites' weights (n:m patterns fix it), or of what goes whole, "
+        f"where the default is {DEFAULT_STRUCTURE_SPARSITY}.",
     )
     pattern: str = Field(
         "unstructured",
-        description="'unstructured', n:m (n kept of every m) such as 2:4, or 'mixed': each matrix dense, 4:8, 2:4 or 1:4.",
+        description="Zeros: 'unstructured', n:m (n kept of every m) such as 2:4, or 'mixed' (each matrix dense, 4:8, 2:4 or "
+        "1:4). Smaller matrices: 'structured' (head groups and FFN channels), 'blocks' (whole ones), 'experts'.",
+    )
+    widths: Widths = Field(
+        "free",
+        description="Pattern structured: 'free', widths of its own for every layer, or 'uniform': the same for all, so that "
+        "stock transformers, vLLM and converters load it.",
+    )
+    budget: StructureBudget = Field(
+        "kinds",
+        description="Method tyr: sparsity is a share of the groups of attention and of FFNs each ('kinds'), or together of "
+        "their 'parameters' or measured 'latency'.",
+    )
+    tyr_preset: TyrPreset = Field(
+        "standard",
+        description="Search of method tyr: 'local' (none, the same share everywhere), 'fast' (dynamic programming on measured "
+        "curves), 'standard', or 'paper' (4 iterations of 50 generations of 128).",
+    )
+    tyr_iterations: Annotated[int, Field(ge=1, le=8)] | None = Field(
+        None, description="Supernets of method tyr, each with half the step of the one before. Default: the preset's."
+    )
+    tyr_generations: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Generations of the search on each supernet. Default: the preset's."
+    )
+    tyr_offspring: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Candidates tried in every generation of method tyr. Default: the preset's."
+    )
+    tyr_hidden_weight: Annotated[float, Field(ge=0, lt=math.inf)] = Field(
+        0.0, description="Weight, in the search, of the error of hidden states beside the KL of the outputs."
     )
     scope: Scope | None = Field(None, description="Set in which scores compete; default is the method's own paper's.")
     allocation: Allocation = Field(
@@ -209,6 +246,19 @@ class PruneConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _method_of_structure(cls, values: Any) -> Any:
+        """A structure has methods of its own: one of the two names the other, and less goes by default."""
+        if not isinstance(values, dict):
+            return values
+        method, pattern = values.get("method"), values.get("pattern")
+        if pattern is None and method != "magnitude":  # which prunes weights too
+            pattern = next((name for name, known in STRUCTURE_METHODS.items() if method in known), None)
+        if pattern not in STRUCTURE_METHODS:
+            return values
+        return {"sparsity": DEFAULT_STRUCTURE_SPARSITY, "method": STRUCTURE_METHODS[pattern][0], **values, "pattern": pattern}
+
+    @model_validator(mode="before")
+    @classmethod
     def _icbs_starts_from_wanda(cls, values: Any) -> Any:
         """Method ``icbs`` is Wanda's mask, refined."""
         if not isinstance(values, dict) or values.get("method") != "icbs":
@@ -223,6 +273,7 @@ class PruneConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         pattern = Pattern.parse(self.pattern)
+        self._check_structure(pattern)
         if pattern.mixed:
             self._check_mixed()
         if self.allocation != "uniform" and pattern.m is not None:
@@ -242,13 +293,41 @@ class PruneConfig(BaseModel):
             )
         if self.refine == "icbs":
             self._check_icbs()
-        elif idle := [
-            name
-            for name, field in type(self).model_fields.items()
-            if name.startswith("icbs_") and getattr(self, name) != field.default
-        ]:
+        elif idle := self._given(name for name in type(self).model_fields if name.startswith("icbs_")):
             raise ConfigError(f"{idle[0]} says how a mask is refined, but none is. Add --refine icbs, or drop it.")
         return self
+
+    def _given(self, names: Iterable[str]) -> list[str]:
+        """Those of the fields that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+    def _check_structure(self, pattern: Pattern) -> None:
+        """What goes whole has methods of its own, and no zeros that could be shared, ordered, refined or packed."""
+        search = [name for name in type(self).model_fields if name == "budget" or name.startswith("tyr_")]
+        structure = pattern.structure
+        if structure is None:
+            methods = {name for known in STRUCTURE_METHODS.values() for name in known} - {"magnitude"}
+            if self.method in methods:
+                raise ConfigError(
+                    f"method {self.method} takes out what goes whole, and pattern {pattern} leaves zeros. Drop --pattern, or "
+                    "choose another --method."
+                )
+            if idle := self._given(["widths", *search]):
+                raise ConfigError(f"{idle[0]} is of pattern 'structured', got pattern {pattern}. Drop it.")
+            return
+        if self.method not in STRUCTURE_METHODS[structure]:
+            known = ", ".join(STRUCTURE_METHODS[structure])
+            raise ConfigError(f"pattern {structure!r} is not for method {self.method!r}; its methods: {known}.")
+        zeros = ("effort", "scope", "allocation", "permute", "reconstruct", "refine", "export")
+        if idle := self._given(zeros):
+            raise ConfigError(
+                f"{idle[0]} is about zeros inside of matrices, and pattern {structure!r} makes matrices smaller. Drop it, or "
+                "prune the result once more."
+            )
+        if structure != "structured" and (idle := self._given(["widths"])):
+            raise ConfigError(f"{idle[0]} is of pattern 'structured', got {structure!r}. Drop it.")
+        if self.method != "tyr" and (idle := self._given(search)):
+            raise ConfigError(f"{idle[0]} is of method tyr, got method {self.method}. Drop it, or choose --method tyr.")
 
     def _check_mixed(self) -> None:
         if self.allocation not in ("dp", "evolution"):

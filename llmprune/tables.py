@@ -100,8 +100,14 @@ def print_methods(methods: Iterable[Method], console: Console) -> None:
     table = _table("Method", "scope", "needs", "weights", "what it does")
     table.columns[-1].justify = "left"
     for method in methods:
-        weights = "updated" if method.updates_weights else "kept"
-        table.add_row(method.name, method.scope, method.needs.name.lower(), weights, f"{method.summary}\n{method.paper}")
+        weights = "smaller" if method.structure else "updated" if method.updates_weights else "kept"
+        table.add_row(
+            method.name,
+            method.structure or method.scope,
+            method.needs.name.lower(),
+            weights,
+            f"{method.summary}\n{method.paper}",
+        )
     for name, summary in REFINED.items():
         table.add_row(name, NOTHING, "gradients", "kept", summary)
     console.print(table)

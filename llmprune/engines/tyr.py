@@ -73,6 +73,7 @@ class Round:
     seconds_curves: float = 0.0
     seconds_search: float = 0.0
     num_generations: int = 0
+    num_evaluated: int = 0
 
     @property
     def divergence(self) -> float:
@@ -222,6 +223,7 @@ class Tyr:
                 generation = next(running)
             except StopIteration as stop:
                 own.curve, own.num_generations = list(search.curve), search.num_generations
+                own.num_evaluated = search.num_evaluated
                 best: Levels = stop.value
                 return best
             own.seconds_search = time.perf_counter() - begun

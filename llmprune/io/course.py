@@ -1,8 +1,9 @@
-"""The course of a refinement in words and as a curve, loss against seconds. Torch-free."""
+"""A refinement in words, and courses as curves: of a loss against seconds, of a divergence against generations. Torch-free."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmprune.report import RefinementReport
@@ -20,21 +21,26 @@ def refinement_line(refinement: RefinementReport, taken: str | None = None) -> s
 
 @dataclass(frozen=True)
 class Course:
-    """A curve in a square of 100 by 100, time to the right, and what its edges stand for."""
+    """A curve in a square of 100 by 100, from 0 at the left to ``end``, and what its other edges stand for."""
 
     path: str
     high: float
     low: float
-    seconds: float
+    end: float
 
     @classmethod
     def of(cls, refinement: RefinementReport) -> Course | None:
-        """None where fewer than two losses are finite."""
-        points = [(point.seconds, point.loss) for point in refinement.points if math.isfinite(point.loss)]
+        """The loss against seconds; None where fewer than two are finite."""
+        return cls.through([(point.seconds, point.loss) for point in refinement.points])
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]]) -> Course | None:
+        """Through (place, value), the places rising from 0; None where fewer than two values are finite."""
+        points = [(place, value) for place, value in points if math.isfinite(value)]
         if len(points) < 2:
             return None
-        losses = [loss for _, loss in points]
-        high, low, seconds = max(losses), min(losses), points[-1][0]
-        width, height = seconds or 1.0, (high - low) or 1.0
-        places = [f"{100 * second / width:.2f} {100 * (high - loss) / height:.2f}" for second, loss in points]
-        return cls(f"M{'L'.join(places)}", high, low, seconds)
+        values = [value for _, value in points]
+        high, low, end = max(values), min(values), points[-1][0]
+        width, height = end or 1.0, (high - low) or 1.0
+        places = [f"{100 * place / width:.2f} {100 * (high - value) / height:.2f}" for place, value in points]
+        return cls(f"M{'L'.join(places)}", high, low, end)

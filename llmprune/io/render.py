@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmprune.io.course import Course, refinement_line
+from llmprune.io.structure_text import front_course, removed_units, search_course, search_line, structure_line, widths_of
 from llmprune.report import Benchmark, BlockReport, Latency, Quality, Report, SiteReport, Speed, Verdict
 from llmprune.spec import Pattern, PruneConfig
 from llmprune.speed import overlap, point_of
@@ -134,6 +135,7 @@ def recipe(config: PruneConfig) -> str:
     """What was done in a few words: the method and what came with it, such as ``alps + permute + reconstruct``."""
     parts = [
         config.method,
+        config.tyr_preset if config.method == "tyr" else "",
         "" if config.allocation == "uniform" else config.allocation,
         "permute" if config.permute else "",
         "" if config.refine == "none" else config.refine,
@@ -395,7 +397,24 @@ def render_html(report: Report) -> str:
         refinement=refinement_line(report.refinement, duration(report.refinement.seconds)) if report.refinement else None,
         course=Course.of(report.refinement) if report.refinement else None,
         command=command_line(report.config, report.out),
+        **_structure_parts(report),
     )
+
+
+def _structure_parts(report: Report) -> dict[str, Any]:
+    """What structure.html.j2 shows; empty without a structure."""
+    structure = report.structure
+    if structure is None:
+        return {}
+    units, widths = widths_of(structure)
+    return {
+        "structure_line": structure_line(structure, report.model.num_blocks),
+        "search_line": search_line(structure),
+        "search_course": search_course(structure),
+        "front_course": front_course(structure),
+        "width_units": units,
+        "widths": widths,
+    }
 
 
 def render_card(report: Report, base_model: str, license: str | None) -> str:
@@ -422,6 +441,8 @@ def render_card(report: Report, base_model: str, license: str | None) -> str:
         license=license,
         totals=make_grid(report.blocks).totals,
         refinement=refinement_line(report.refinement) if report.refinement else None,
+        structure=structure_line(report.structure, report.model.num_blocks) if report.structure else None,
+        removed=removed_units(report.structure, report.model.num_blocks) if report.structure else [],
         command=command_line(config),
     )
 

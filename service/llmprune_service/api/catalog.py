@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, STRUCTURAL
 from llmprune.spec import PruneConfig
 from llmprune_service.api import auth
 from llmprune_service.api.deps import JobsDep
@@ -27,8 +27,9 @@ def methods(_: auth.reader) -> Methods:
         MethodView(
             name=method.name, summary=method.summary, paper=method.paper, needs=method.needs.name.lower(),
             scope=method.scope, updates_weights=method.updates_weights,
+            pattern=method.structure,
         )
-        for method in METHODS.values()
+        for method in (*METHODS.values(), *STRUCTURAL.values())
     ]  # fmt: skip
     return Methods(data=views, config_schema=PruneConfig.model_json_schema())
 

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import StaticFiles
 
 from llmprune.errors import UserError
-from llmprune.methods import METHODS, REFINED
+from llmprune.methods import METHODS, REFINED, STRUCTURAL
 from llmprune_service import tables
 from llmprune_service.api import auth
 from llmprune_service.api import jobs as api_jobs
@@ -32,6 +32,8 @@ from llmprune_service.schemas import FINISHED, PHASES, JobRequest, Status
 PAGE_SIZE = 50
 LOG_SIZE = 100
 _FIELDS = ("model", "method", "pattern", "sparsity", "calibration")
+_OF_STRUCTURES = {name: method.summary for (_, name), method in STRUCTURAL.items() if name not in METHODS}
+_METHODS = {**{method.name: method.summary for method in METHODS.values()}, **REFINED, **_OF_STRUCTURES}
 _EXAMPLE = {"method": "wanda", "sparsity": 0.5}
 # Swagger UI sets style attributes, and draws its icons from data: URLs.
 _DOCS_CSP = (
@@ -120,7 +122,7 @@ def _jobs_page(
         jobs=[_entry(row) for row in rows], now=time.time(), statuses=get_args(Status), chosen=status, after=after,
         next="/?" + urlencode({name: value for name, value in query.items() if value}) if more else None,
         may_write=_may_write(principal),
-        methods=[*((method.name, method.summary) for method in METHODS.values()), *REFINED.items()],
+        methods=_METHODS.items(),
         form={name: (form or {}).get(name, "") for name in _FIELDS}, problem=problem, example=example,
     )  # fmt: skip
     answer.headers.update(problem.headers if problem else {})

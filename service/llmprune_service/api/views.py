@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmprune.patterns import Structure
+
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -25,7 +27,7 @@ class Validation(_Model):
 
 
 class MethodView(_Model):
-    """A pruning method."""
+    """A pruning method; ``pattern`` is what it takes out whole, null where it leaves zeros inside of matrices."""
 
     object: Literal["method"] = "method"
     name: str
@@ -34,6 +36,7 @@ class MethodView(_Model):
     needs: Literal["nothing", "norm", "mean", "gram"]
     scope: Literal["row", "matrix", "block"]
     updates_weights: bool
+    pattern: Structure | None = None
 
 
 class Methods(_Model):

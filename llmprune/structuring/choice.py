@@ -1,0 +1,124 @@
+"""What the three structures have in common: a choice is made, kept in the journal, and then carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmprune.anatomy.blocks import Recording, Stack
+from llmprune.devices import module_device
+from llmprune.engines.evolution import Head, Logits
+from llmprune.events import Event
+from llmprune.io.journal import Journal
+from llmprune.measure.dispatch import dispatched
+from llmprune.measure.quality import replay_tail
+from llmprune.patterns import Structure
+from llmprune.spec import PruneConfig
+from llmprune.walking import record_batches
+
+STATE = "structure"
+CHECK_TOKENS = 512
+"""Of the batch on which what is left is compared."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a choice is made on; N sequences of S tokens.
+
+    Attributes:
+        model: dense; a choice leaves it so, or with zeros where groups will go.
+        ids_NS: the calibration tokens, all sequences.
+        batch_size: of them per forward.
+        journal: where a search is recorded from time to time, and found again; None keeps nothing.
+    """
+
+    model: PreTrainedModel
+    stack: Stack
+    config: PruneConfig
+    ids_NS: Tensor
+    batch_size: int
+    device: torch.device
+    journal: Journal | None = None
+
+    @property
+    def directory(self) -> Path | None:
+        """Where what does not fit in memory goes; None for the system's own place."""
+        return self.journal.directory if self.journal else None
+
+    def record(self, ids_NS: Tensor | None = None, batch_size: int | None = None) -> Recording:
+        """Every block's arguments on these sequences, or on all of them."""
+        ids_NS = self.ids_NS if ids_NS is None else ids_NS
+        return record_batches(self.model, self.stack, ids_NS, batch_size or self.batch_size, self.device)
+
+    def recorded(self) -> Mapping[str, Any] | None:
+        """The newest state of a search that an earlier process left."""
+        name = self.journal.latest(STATE) if self.journal else None
+        return self.journal.read(name, []) if self.journal and name else None
+
+    def keep(self, number: int, state: Mapping[str, Any]) -> None:
+        """Record the state of a search, the ``number``-th, in place of the one before."""
+        if self.journal:
+            self.journal.write_latest(STATE, number, state, {})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What goes.
+
+    Attributes:
+        data: fields of the StructureReport that are known already, as JSON has them, and what :meth:`Chooser.apply_` needs.
+        tensors: by name.
+        warnings: for the report.
+    """
+
+    data: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class Chooser(Protocol):
+    """One structure."""
+
+    structure: Structure
+
+    @property
+    def total(self) -> int:
+        """Steps of a choice."""
+
+    @property
+    def done(self) -> int:
+        """Steps that an earlier process recorded."""
+
+    def choose(self) -> Generator[Event, None, Choice]:
+        """Choose, with progress."""
+
+    def apply_(self, choice: Choice) -> dict[str, Any]:
+        """Take it out of the model and check what is left; returns more fields of the report.
+
+        Raises:
+            UnsupportedModel: what is left does not compute what the masked model does; the model is then of no use.
+        """
+
+
+def search_texts(ids_NS: Tensor, most: int) -> Tensor:
+    """The first calibration sequences, about so many tokens of them."""
+    return ids_NS[: max(1, most // ids_NS.shape[1])]
+
+
+def head_of(model: PreTrainedModel, stack: Stack, chunks: Sequence[Tensor], device: torch.device) -> Head:
+    """The model's own head on the last block's outputs of these chunks [N, S]."""
+
+    @contextmanager
+    def head() -> Generator[Logits, None, None]:
+        with dispatched(model, device):
+            where = module_device(model)
+            yield lambda chunk, hidden_NSH: replay_tail(model, stack, chunks[chunk].to(where), hidden_NSH)
+
+    return head

@@ -1,0 +1,248 @@
+"""What goes whole through the whole job: what is written, loaded, reported and refused, and what a resumed run does."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import llmprune
+import tiny
+from llmprune.errors import ConfigError, UnsupportedModel
+from llmprune.events import Event, Finished, Progress
+from llmprune.report import Report
+from llmprune.spec import Pattern
+
+TYR: dict[str, Any] = {"method": "tyr", "tyr_iterations": 2, "tyr_generations": 2, "tyr_offspring": 4}
+IDS = torch.arange(24).view(2, 12) % tiny.VOCAB_SIZE
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: Path) -> dict[str, Any]:
+    """A quick and offline job on a model of four kv groups and four blocks that has learnt the text."""
+    model = tiny.make_model(num_hidden_layers=4, num_key_value_heads=4, num_attention_heads=4, intermediate_size=96)
+    folder = tiny.save(tiny.train_(model, 40), tmp_path_factory.mktemp("models") / "wide")
+    texts = {"calibration": str(text_file), "eval": str(eval_file)}
+    return {"model": str(folder), **texts, **tiny.QUICK, "num_samples": 16}
+
+
+@pytest.fixture(scope="module")
+def pruned(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    """A model with widths of its own for every layer, and its report."""
+    out = tmp_path_factory.mktemp("out") / "free"
+    return llmprune.prune(**job, **TYR, budget="parameters", sparsity=0.3, out=out), out
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def test_tyr_makes_a_smaller_model(pruned: tuple[Report, Path], job: dict[str, Any]) -> None:
+    """Parameters are gone in fact and in the report; the search never got worse; quality was measured on the sliced model."""
+    report, out = pruned
+    structure = report.structure
+    assert structure is not None and structure.structure == "structured" and not report.blocks
+    dense, smaller = llmprune.load(job["model"]), llmprune.load(out)
+    assert structure.num_parameters == smaller.num_parameters() < dense.num_parameters() == structure.num_parameters_dense
+    assert structure.num_parameters_dense - structure.num_parameters == structure.num_removed
+    assert 0.3 <= report.sparsity < 0.45 and structure.sparsity == report.sparsity
+    assert len(structure.modules) == 8 and {module.unit for module in structure.modules} == {"kv group", "channel"}
+    assert structure.kv_bytes is not None and structure.kv_bytes_dense is not None
+    assert structure.kv_bytes <= structure.kv_bytes_dense == 4 * 2 * 4 * (dense.config.hidden_size)
+    assert len(structure.iterations) == 2 and structure.settled is not None
+    for one in structure.iterations:
+        values = [kl for _, kl in one.curve]
+        assert values == sorted(values, reverse=True) and one.num_evaluated >= 1 and one.supernet_bytes > 0
+    sizes = [point.num_parameters for point in structure.front]
+    assert len(sizes) > 3 and max(sizes) == structure.num_parameters_dense and any(p.kl_measured for p in structure.front)
+    assert [stage.name for stage in report.stages] == ["load", "calibration", "dense", "structure", "pruned", "save"]
+    again = llmprune.evaluate(str(out), eval=report.config.eval, seq_len=32, max_eval_tokens=512, latency=False)
+    assert again.quality[0].perplexity_pruned == pytest.approx(report.quality[0].perplexity_pruned, rel=1e-6)
+    assert (report.quality[0].kl or 0) > 0
+
+
+def test_widths_of_their_own_load_with_and_without_llmprune(pruned: tuple[Report, Path]) -> None:
+    """By llmprune.load and, with the code in the checkpoint, by transformers; both compute the same."""
+    _, out = pruned
+    assert (out / "modeling_pruned.py").is_file()
+    ours = llmprune.load(out)
+    theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert torch.equal(_logits(ours), _logits(theirs.eval()))
+    written = llmprune.generate(str(out), prompt="the model", max_new_tokens=4)
+    assert written.generated.num_tokens >= 1
+
+
+def test_a_sliced_checkpoint_is_a_model_like_any_other(
+    pruned: tuple[Report, Path], job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """It is planned, inspected, pruned to 2:4 on top, and sliced once more."""
+    _, out = pruned
+    assert cli("inspect", out).code == 0 and cli("plan", out, "--calibration", job["calibration"], "--no-eval").code == 0
+    options = job | {"model": str(out)}
+    sparse = llmprune.prune(**options, method="wanda", pattern="2:4", skip=("*.down_proj", "*.o_proj"), out=tmp_path / "sparse")
+    assert sparse.sparsity == 0.5 and llmprune.load(tmp_path / "sparse").num_parameters() == llmprune.load(out).num_parameters()
+    twice = llmprune.prune(**options, method="flap", sparsity=0.1, out=tmp_path / "twice")
+    assert twice.structure is not None and twice.structure.num_parameters < twice.structure.num_parameters_dense
+    assert torch.isfinite(_logits(llmprune.load(tmp_path / "twice"))).all()
+
+
+@pytest.mark.parametrize("method", ["tyr", "flap", "magnitude"])
+def test_uniform_widths_are_an_ordinary_checkpoint(method: str, job: dict[str, Any], tmp_path: Path) -> None:
+    """Stock transformers loads it without any code, and every layer has the config's widths."""
+    more = {"tyr_preset": "fast"} if method == "tyr" else {}
+    report = llmprune.prune(
+        **job, method=method, pattern="structured", widths="uniform", sparsity=0.25, out=tmp_path / "out", **more
+    )
+    assert report.structure is not None and report.structure.stock and not list((tmp_path / "out").glob("*.py"))
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config and config["intermediate_size"] < 96
+    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {config["intermediate_size"]}
+    assert report.sparsity >= 0.25 and model.num_parameters() == report.structure.num_parameters
+
+
+@pytest.mark.parametrize("method", ["flap", "magnitude"])
+def test_baselines_keep_what_they_keep(method: str, job: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of what stays are rows of the dense model, and the model is smaller by what the report says."""
+    report = llmprune.prune(**job, method=method, pattern="structured", sparsity=0.25, out=tmp_path / "out")
+    assert report.structure is not None and report.structure.num_removed > 0
+    before, after = llmprune.load(job["model"]).state_dict(), llmprune.load(tmp_path / "out").state_dict()
+    for name, weight in after.items():
+        if name.endswith("up_proj.weight"):
+            assert {tuple(row.tolist()) for row in weight} <= {tuple(row.tolist()) for row in before[name]}
+
+
+@pytest.mark.parametrize("method", ["block-qubo", "drop-one", "shortgpt"])
+def test_blocks_go_whole(method: str, job: dict[str, Any], tmp_path: Path) -> None:
+    """The others' weights are as they were, and the checkpoint is an ordinary one of fewer layers."""
+    report = llmprune.prune(**job, pattern="blocks", method=method, sparsity=0.5, out=tmp_path / "out")
+    structure = report.structure
+    assert structure is not None and len(structure.blocks_removed) == 2 and len(structure.block_scores) == 4
+    assert structure.choices[0].blocks == structure.blocks_removed and report.sparsity == 0.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == len(model.model.layers) == 2
+    kept = [index for index in range(4) if index not in structure.blocks_removed]
+    before, after = load_file(Path(job["model"]) / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for new, old in enumerate(kept):
+        name = "mlp.down_proj.weight"
+        assert torch.equal(after[f"model.layers.{new}.{name}"], before[f"model.layers.{old}.{name}"])
+    assert math.isfinite(structure.choices[0].kl) and structure.kv_bytes == (structure.kv_bytes_dense or 0) // 2
+
+
+@pytest.mark.parametrize("method", ["reap", "frequency"])
+def test_experts_go_whole(method: str, moe_model_dir: Path, job: dict[str, Any], tmp_path: Path) -> None:
+    """With their rows of the router; the checkpoint says how many there are."""
+    options = job | {"model": str(moe_model_dir)}
+    report = llmprune.prune(**options, method=method, sparsity=0.25, out=tmp_path / "out")
+    assert report.config.pattern == "experts" and report.structure is not None
+    assert [(module.unit, module.num_groups, module.num_kept) for module in report.structure.modules] == [("expert", 4, 3)] * 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_local_experts == 3 and model.num_parameters() == report.structure.num_parameters
+    assert report.sparsity == 0.25
+
+
+def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped at every generation in turn, and after the choice: the checkpoint is the uninterrupted run's."""
+    options = {**job, **TYR, "sparsity": 0.25}
+    whole = llmprune.prune(**options, out=tmp_path / "whole")
+
+    def run(stop: Callable[[Event], bool], out: Path) -> Report | None:
+        events = llmprune.prune_iter(**options, out=out, resume=True)
+        for event in events:
+            if isinstance(event, Finished):
+                return event.report
+            if stop(event):
+                events.close()  # type: ignore[attr-defined]
+                return None
+        return None
+
+    seen: set[int] = set()
+    out = tmp_path / "resumed"
+
+    def next_generation(event: Event) -> bool:
+        if isinstance(event, Progress) and event.detail.startswith("search") and event.done not in seen:
+            seen.add(event.done)
+            return True
+        return False
+
+    report = None
+    for _ in range(8):
+        report = run(next_generation, out)
+        if report:
+            break
+    assert report is not None and report.resumed and len(seen) >= 3
+    assert report.structure is not None and whole.structure is not None
+    assert [one.curve for one in report.structure.iterations] == [one.curve for one in whole.structure.iterations]
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    late = tmp_path / "late"
+    assert run(lambda event: isinstance(event, Progress) and event.stage == "pruned", late) is None
+    assert (tmp_path / "late.work" / "structured").is_dir()
+    assert run(lambda _: False, late) is not None
+    assert (late / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_model_in_memory_gets_smaller_in_place(job: dict[str, Any]) -> None:
+    """The object that was given."""
+    model = llmprune.load(job["model"])
+    before = model.num_parameters()
+    options = {name: value for name, value in job.items() if name != "model"}
+    report = llmprune.prune(model, tokenizer=tiny.train_tokenizer(), method="magnitude", pattern="structured", **options)
+    assert report.structure is not None and model.num_parameters() == report.structure.num_parameters < before
+
+
+@pytest.mark.parametrize("asked", [{}, {"tyr_preset": "fast", "widths": "uniform"}, {"method": "flap"}, {"pattern": "blocks"}])
+def test_plan_knows_what_a_search_takes(asked: dict[str, Any], job: dict[str, Any]) -> None:
+    """A stage with seconds and memory; more generations take longer."""
+    options = {name: value for name, value in job.items() if name != "latency"}
+    plan = llmprune.plan(**options, **({"pattern": "structured", "sparsity": 0.25} | asked))
+    (stage,) = [stage for stage in plan.stages if stage.name == "structure"]
+    assert stage.seconds > 0 and stage.peak_cpu_bytes > 0 and plan.walk == "none"
+    if not asked:
+        paper = llmprune.plan(**options, method="tyr", tyr_preset="paper", sparsity=0.25)
+        (more,) = [stage for stage in paper.stages if stage.name == "structure"]
+        assert more.seconds > stage.seconds
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "words"),
+    [
+        ({"method": "tyr", "sparsity": 0.99, "widths": "uniform"}, ConfigError, ("0.99", "--sparsity")),
+        ({"method": "flap", "sparsity": 0.99}, ConfigError, ("0.99",)),
+        ({"method": "tyr", "skip": ("*",)}, UnsupportedModel, ("--skip",)),
+        ({"pattern": "blocks", "sparsity": 0.05}, ConfigError, ("0.05", "4 blocks", "1 to 3")),
+        ({"pattern": "blocks", "sparsity": 0.95}, ConfigError, ("0.95", "1 to 3")),
+        ({"pattern": "experts"}, UnsupportedModel, ("no experts",)),
+    ],
+)
+def test_what_cannot_go_is_refused(
+    asked: dict[str, Any], error: type[Exception], words: tuple[str, ...], job: dict[str, Any], tmp_path: Path
+) -> None:
+    """Before anything is written, with what can."""
+    with pytest.raises(error) as caught:
+        llmprune.prune(**job, **asked, out=tmp_path / "out")
+    assert all(word in str(caught.value) for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_structure_is_in_the_command_line(job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """--json prints the report; --help teaches the options."""
+    outcome = cli(
+        "prune", job["model"], "--out", tmp_path / "out", "--method", "magnitude", "--pattern", "structured", "--calibration",
+        job["calibration"], "--no-eval", "--num-samples", 4, "--seq-len", 32, "--no-latency", "--json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    report = Report.model_validate_json(outcome.out)
+    assert report.structure is not None and Pattern.parse(report.config.pattern).structure == "structured"
+    assert "--tyr-preset" in cli("prune", "--help").out
+    listed = json.loads(cli("methods", "--json").out)["structural"]
+    assert {"tyr", "flap", "reap", "block-qubo"} <= {method["name"] for method in listed}
