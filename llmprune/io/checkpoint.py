@@ -139,7 +139,7 @@ def _add_code(model: PreTrainedModel, folder: Path) -> None:
     (folder / f"{CODE}.py").write_text(text, encoding="utf-8")
     file = folder / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    content["architectures"] = [name]
+    content["architectures"] = [f"Pruned{name}"]  # what goes by this name alone shall not take it for the stock class
     content["auto_map"] = (content.get("auto_map") or {}) | {"AutoModelForCausalLM": f"{CODE}.{name}"}
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

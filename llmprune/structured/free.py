@@ -30,17 +30,22 @@ KINDS = {NoAttention.__name__: "attention", NoFFN.__name__: "ffn"}
 
 _CLASS = '''
 
-from {origin} import {stock}
+from {origin} import {stock} as Stock
 
 
-class {name}({stock}):
-    """{stock} with the widths that {field} of its config lists."""
+class {stock}(Stock):  # of its name, as transformers goes by it
+    """The class of the same name with the widths that {field} of its config lists."""
 
-    stock_class = {stock}
+    stock_class = Stock
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         reshape_(self, config.{field})
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As its tensors are called in files what those of the other are."""
+        return Stock.is_custom_code()
 '''
 
 
@@ -136,22 +141,19 @@ def pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         stock.__init__(self, config, *args, **kwargs)
         reshape_(self, getattr(config, FIELD))
 
-    return type(_name(stock), (stock,), {"__init__": init, "__module__": stock.__module__, "stock_class": stock})
+    return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__, "stock_class": stock})
 
 
 def modeling_code(model: PreTrainedModel) -> tuple[str, str]:
-    """The Python module that loads the model without llmprune, and the name of the class in it.
+    """The Python module that loads the model without llmprune, and the name of the class in it: that of the stock class, by
+    which transformers knows what its tensors are called in files.
 
     Raises:
         UnsupportedModel: the model's class is defined where the checkpoint cannot reach it.
     """
     stock = stock_class(model)
     text = Path(modeling.__file__).read_text(encoding="utf-8")
-    return text + _CLASS.format(name=_name(stock), stock=stock.__name__, origin=_code_of(model), field=FIELD), _name(stock)
-
-
-def _name(stock: type[PreTrainedModel]) -> str:
-    return f"Pruned{stock.__name__}"
+    return text + _CLASS.format(stock=stock.__name__, origin=_code_of(model), field=FIELD), stock.__name__
 
 
 def _code_of(model: PreTrainedModel) -> str:

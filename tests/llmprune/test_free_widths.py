@@ -129,7 +129,7 @@ def test_checkpoint_gives_back_what_lay_in_memory(model_type: str, tmp_path: Pat
     assert type(loaded) is type(model) and loaded.num_parameters() == num_parameters
     _assert_same(loaded, model)
     plain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert type(plain).__name__ == f"Pruned{type(model).__name__}" and plain.num_parameters() == num_parameters
+    assert type(plain).stock_class is type(model) and plain.num_parameters() == num_parameters
     _assert_same(plain, model)
     assert AutoConfig.from_pretrained(folder).model_type == model_type
 
@@ -207,6 +207,22 @@ def test_matrices_of_no_columns(tmp_path: Path) -> None:
         layer.mlp.c_fc.out_features = layer.mlp.c_proj.in_features = 0
     describe_free_(model)
     _assert_same(llmprune.load(_save(model, tmp_path / "free"), device="cpu"), model)
+
+
+def test_tensors_that_files_name_otherwise(tmp_path: Path) -> None:
+    """transformers renames by the name of the class, which is kept."""
+    model = tiny.make_model("gpt_neox")
+    mlp = model.gpt_neox.layers[1].mlp
+    mlp.dense_h_to_4h.weight, mlp.dense_h_to_4h.bias = (
+        nn.Parameter(part[:48].clone()) for part in (mlp.dense_h_to_4h.weight, mlp.dense_h_to_4h.bias)
+    )
+    mlp.dense_4h_to_h.weight = nn.Parameter(mlp.dense_4h_to_h.weight[:, :48].clone())
+    mlp.dense_h_to_4h.out_features = mlp.dense_4h_to_h.in_features = 48
+    describe_free_(model)
+    folder = _save(model, tmp_path / "free")
+    assert "embed_out.weight" in load_file(folder / "model.safetensors") and "lm_head.weight" in model.state_dict()
+    _assert_same(llmprune.load(folder, device="cpu"), model)
+    _assert_same(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), model)
 
 
 def test_pruning_what_was_pruned_before(tmp_path: Path) -> None:
@@ -368,7 +384,7 @@ def test_model_with_code_of_its_own(tiny_model_dir: Path, tmp_path: Path) -> Non
     with pytest.raises(UnsafeModel):
         llmprune.load(folder, device="cpu")
     loaded = llmprune.load(folder, device="cpu", trust_remote_code=True)
-    assert type(loaded).__name__ == "PrunedOwnForCausalLM" and type(loaded.model.layers[1].mlp.act_fn) is nn.ReLU
+    assert type(loaded).stock_class.__module__.endswith(".modeling_own") and type(loaded.model.layers[1].mlp.act_fn) is nn.ReLU
     _assert_same(loaded, model)
     with pytest.raises(CorruptCheckpoint, match="no module model.layers.9"):
         llmprune.load(_with(folder, removed={"model.layers.9": "ffn"}), device="cpu", trust_remote_code=True)
