@@ -164,6 +164,7 @@ class Tyr:
                     self._take(supernet, best)
         if self._settles:
             yield from self._settle()
+        assert (self.widths and not self.budget.shared) or self.budget.removed(self.counts) >= self.budget.target
 
     def snapshot(self) -> dict[str, Any]:
         """What :meth:`restore_` needs, as JSON has it; before :meth:`run` or after any of its steps."""
