@@ -534,7 +534,7 @@ class Job:
 
     def _recording(self) -> Recording:
         assert self.model is not None
-        return record_batches(self.model, self.stack, self.calibration.ids_NS, self.batch_size, self.device)
+        return record_batches(self.model, self.stack, self.calibration.ids_NS.split(self.batch_size), self.device)
 
     def _noted(self, events: Iterable[_E]) -> Generator[_E, None, Any]:
         """The same events; warnings among them are kept for the report. What a generator returns is handed on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,8 @@ class JournaledWalk:
                 yield event
 
 
-def record_batches(model: PreTrainedModel, stack: Stack, ids_NS: Tensor, batch_size: int, device: torch.device) -> Recording:
-    """Every block's arguments on the calibration batches."""
+def record_batches(model: PreTrainedModel, stack: Stack, batches: Sequence[Tensor], device: torch.device) -> Recording:
+    """Every block's arguments on the calibration batches, token ids [N, S]."""
     with dispatched(model, device):
         where = module_device(model)
-        return record(model, stack, [batch.to(where) for batch in ids_NS.split(batch_size)])
+        return record(model, stack, [batch.to(where) for batch in batches])

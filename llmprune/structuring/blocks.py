@@ -54,8 +54,8 @@ class Depth:
         setting, begun = self.setting, time.perf_counter()
         stack, texts = setting.stack, search_texts(setting.ids_NS, DEPTH_TOKENS)
         choosing = choose_blocks(
-            self.method, stack, setting.record(texts, 1), setting.device,
-            head_of(setting.model, stack, texts.split(1), setting.device),
+            self.method, stack, setting.record(texts), setting.device,
+            head_of(setting.model, stack, texts, setting.device),
             num_removed(setting.config, len(stack.blocks)), seed=setting.config.seed,
         )  # fmt: skip
         while True:

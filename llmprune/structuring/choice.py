@@ -24,6 +24,8 @@ from llmprune.spec import PruneConfig
 from llmprune.walking import record_batches
 
 STATE = "structure"
+CHUNK_TOKENS = 2048
+"""Of a forward of the candidates of a search."""
 CHECK_TOKENS = 512
 """Of the batch on which what is left is compared."""
 
@@ -52,10 +54,9 @@ class Setting:
         """Where what does not fit in memory goes; None for the system's own place."""
         return self.journal.directory if self.journal else None
 
-    def record(self, ids_NS: Tensor | None = None, batch_size: int | None = None) -> Recording:
-        """Every block's arguments on these sequences, or on all of them."""
-        ids_NS = self.ids_NS if ids_NS is None else ids_NS
-        return record_batches(self.model, self.stack, ids_NS, batch_size or self.batch_size, self.device)
+    def record(self, batches: Sequence[Tensor] | None = None) -> Recording:
+        """Every block's arguments on these batches [N, S], or on those of all calibration sequences."""
+        return record_batches(self.model, self.stack, batches or self.ids_NS.split(self.batch_size), self.device)
 
     def recorded(self) -> Mapping[str, Any] | None:
         """The newest state of a search that an earlier process left."""
@@ -107,9 +108,11 @@ class Chooser(Protocol):
         """
 
 
-def search_texts(ids_NS: Tensor, most: int) -> Tensor:
-    """The first calibration sequences, about so many tokens of them."""
-    return ids_NS[: max(1, most // ids_NS.shape[1])]
+def search_texts(ids_NS: Tensor, most: int) -> tuple[Tensor, ...]:
+    """The first calibration sequences, about ``most`` tokens of them, in chunks of about CHUNK_TOKENS."""
+    texts = ids_NS[: max(1, most // ids_NS.shape[1])]
+    chunks: tuple[Tensor, ...] = texts.split(max(1, CHUNK_TOKENS // ids_NS.shape[1]))
+    return chunks
 
 
 def head_of(model: PreTrainedModel, stack: Stack, chunks: Sequence[Tensor], device: torch.device) -> Head:

@@ -155,8 +155,8 @@ class Groups:
         setting, config = self.setting, self.setting.config
         texts = search_texts(setting.ids_NS, max_search_tokens(config))
         return Tyr(
-            setting.stack, self.modules, self._budget(), setting.record(), setting.record(texts, 1), setting.device,
-            head_of(setting.model, setting.stack, texts.split(1), setting.device), settings_of(config), self.widths,
+            setting.stack, self.modules, self._budget(), setting.record(), setting.record(texts), setting.device,
+            head_of(setting.model, setting.stack, texts, setting.device), settings_of(config), self.widths,
             setting.directory,
         )  # fmt: skip
 
