@@ -20,7 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmprune.io.course import Course, refinement_line
+from llmprune.io.course import Course, recovery_line, refinement_line
 from llmprune.report import Benchmark, BlockReport, Latency, Quality, Report, SiteReport, Speed, Verdict
 from llmprune.spec import Pattern, PruneConfig
 from llmprune.speed import overlap, point_of
@@ -394,6 +394,7 @@ def render_html(report: Report) -> str:
         reconstruction=reconstruction_line(report),
         refinement=refinement_line(report.refinement, duration(report.refinement.seconds)) if report.refinement else None,
         course=Course.of(report.refinement) if report.refinement else None,
+        recovery=recovery_line(report.recovery, duration(report.recovery.seconds)) if report.recovery else None,
         command=command_line(report.config, report.out),
     )
 
@@ -422,6 +423,7 @@ def render_card(report: Report, base_model: str, license: str | None) -> str:
         license=license,
         totals=make_grid(report.blocks).totals,
         refinement=refinement_line(report.refinement) if report.refinement else None,
+        recovery=recovery_line(report.recovery) if report.recovery else None,
         command=command_line(config),
     )
 
