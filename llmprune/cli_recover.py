@@ -62,7 +62,8 @@ def recover(
     with event_sink(events if first else None) as sink:
         with heavy_imports():
             from llmprune.recovery import recover_iter
-        last = follow(recover_iter(fields.pop("model"), out=out, **fields), sink)
+        run = recover_iter(fields.pop("model"), out=out, **fields)
+        last = follow(run, sink) if first else list(run)[-1]
     assert isinstance(last, Recovered)
     if events != "-" and first:
         show(last.recovery, as_json, print_recovery)

@@ -185,8 +185,9 @@ class _Recovery:
         yield StageStarted(stage="calibration", total=1 + len(self._evals()))
         seq_len = config.seq_len or self.pruning.seq_len or default_seq_len(self.model.config.get_text_config())
         self.text = load_calibration(
-            self._data(), self.tokenizer, num_samples=config.num_samples, seq_len=seq_len, seed=config.seed, model=self.model
-        )
+            self._data(), self.tokenizer, num_samples=config.num_samples, seq_len=seq_len, seed=config.seed,
+            model=self.model if self.teacher is None else self.teacher,
+        )  # fmt: skip
         limit = config.max_eval_tokens or self.pruning.max_eval_tokens
         self.evals: list[TokenSet] = [
             load_evaluation(source, self.tokenizer, seq_len=seq_len, max_tokens=limit) for source in self._evals()
