@@ -14,18 +14,34 @@ from typing import TYPE_CHECKING, Any
 from llmprune._version import __version__
 from llmprune.errors import LlmpruneError, UserError
 from llmprune.registration import register as _register
-from llmprune.report import Benchmark, Conversion, Evaluation, Fetched, Generation, Inspection, Plan, Report
+from llmprune.report import Benchmark, Conversion, Evaluation, Fetched, Generation, Inspection, Plan, Recovery, Report
 from llmprune.spec import PruneConfig
 
 if TYPE_CHECKING:
-    from llmprune.api import benchmark, convert, evaluate, fetch, generate, inspect, load, plan, prune, prune_iter
+    from llmprune.api import (
+        benchmark,
+        convert,
+        evaluate,
+        fetch,
+        generate,
+        inspect,
+        load,
+        plan,
+        prune,
+        prune_iter,
+        recover,
+        recover_iter,
+    )
 
-_LAZY = ("benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter")
+_LAZY = (
+    "benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter", "recover",
+    "recover_iter",
+)  # fmt: skip
 
 __all__ = [
     "Benchmark", "Conversion", "Evaluation", "Fetched", "Generation", "Inspection", "LlmpruneError", "Plan", "PruneConfig",
-    "Report", "UserError", "__version__", "benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "load", "plan",
-    "prune", "prune_iter",
+    "Recovery", "Report", "UserError", "__version__", "benchmark", "convert", "evaluate", "fetch", "generate", "inspect",
+    "load", "plan", "prune", "prune_iter", "recover", "recover_iter",
 ]  # fmt: skip
 
 

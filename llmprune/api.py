@@ -20,6 +20,8 @@ from llmprune.inspection import inspect as inspect
 from llmprune.job import Job
 from llmprune.loading import load as load
 from llmprune.planning import plan as plan
+from llmprune.recovery import recover as recover
+from llmprune.recovery import recover_iter as recover_iter
 from llmprune.report import Report
 from llmprune.spec import PruneConfig
 

@@ -80,6 +80,7 @@ from llmprune.cli_options import (
     print_json,
     show,
 )  # fmt: skip
+from llmprune.cli_recover import recover
 from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
@@ -297,6 +298,9 @@ def inspect(
 
 
 app.command(epilog="Example: llmprune convert pruned --to packed")(convert)
+
+
+app.command(epilog="Example: llmprune recover pruned --out recovered")(recover)
 
 
 @app.command()

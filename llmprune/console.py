@@ -61,6 +61,7 @@ LABELS: dict[Stage, str] = {
     "benchmark": "Measuring speed",
     "generate": "Writing",
     "convert": "Converting weights",
+    "recover": "Training kept weights",
 }
 STYLES = {"good": "bold green", "degraded": "bold yellow", "broken": "bold red", "unmeasured": "bold"}
 PLAIN_STEP = 0.1

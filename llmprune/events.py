@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Report, SiteReport
+from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Recovery, Report, SiteReport
 
 Stage = Literal[
     "fetch", "load", "calibration", "dense", "allocate", "prune", "structure", "refine", "reconstruct", "pruned", "save",
-    "benchmark", "generate", "convert",
+    "benchmark", "generate", "convert", "recover",
 ]  # fmt: skip
 
 
@@ -131,6 +131,13 @@ class Converted(_Event):
     conversion: Conversion
 
 
+class Recovered(_Event):
+    """A pruned model is trained and written; carries what was done."""
+
+    event: Literal["recovered"] = "recovered"
+    recovery: Recovery
+
+
 class Failed(_Event):
     """The run ended by an error, whose class and one-line message this is; the last line ``--events`` writes.
 
@@ -152,7 +159,7 @@ class Finished(_Event):
 
 Event = Annotated[
     StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Benchmarked
-    | TextPiece | TextGenerated | Downloaded | Converted | Failed | Finished,
+    | TextPiece | TextGenerated | Downloaded | Converted | Recovered | Failed | Finished,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Event] = TypeAdapter(Event)

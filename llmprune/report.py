@@ -21,6 +21,7 @@ from llmprune.pruning import RefinementReport as RefinementReport
 from llmprune.pruning import SearchReport as SearchReport
 from llmprune.pruning import SiteReport as SiteReport
 from llmprune.pruning import fraction_of_zeros
+from llmprune.recovery_spec import RecoverConfig
 from llmprune.spec import PruneConfig
 from llmprune.speed import Benchmark as Benchmark
 from llmprune.speed import Environment as Environment
@@ -76,6 +77,65 @@ class Quality(Part):
         if self.perplexity_pruned is None or self.perplexity_dense is None:
             return None
         return self.perplexity_pruned / self.perplexity_dense
+
+
+class RecoveryPoint(Part):
+    """Where a recovery stood after ``step`` steps: loss on the held-out sequences, and mean loss trained on since the last."""
+
+    step: int
+    loss: float
+    loss_train: float | None
+    seconds: float
+
+
+class Recovery(Part):
+    """What ``llmprune recover`` did: a pruned model, ``config.model``, trained back towards its teacher.
+
+    Losses are in nats per token: ``config.distill`` parts KL(teacher || student), the rest cross-entropy. Zeros are those of
+    the ``num_weights`` weights of the blocks' matrices. ``rolled_back``: no loss was below the first, the weights stayed.
+    """
+
+    config: RecoverConfig
+    teacher: str | None
+    environment: Environment
+    text: TextReport
+    num_held_out: int
+    num_trained: int
+    num_weights: int
+    num_zeros_before: int
+    num_zeros_after: int
+    points: tuple[RecoveryPoint, ...]
+    rolled_back: bool
+    quality_before: tuple[Quality, ...]
+    quality_after: tuple[Quality, ...]
+    seconds: float
+    warnings: tuple[str, ...] = ()
+    out: str | None = None
+    checkpoint_bytes: int | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loss_before(self) -> float:
+        """Held out, of the pruned model."""
+        return self.points[0].loss
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def loss_after(self) -> float:
+        """Held out, of the weights that were kept."""
+        return min(point.loss for point in self.points)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity_before(self) -> float:
+        """Fraction of zeros in the blocks' matrices."""
+        return self.num_zeros_before / self.num_weights
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity_after(self) -> float:
+        """At least the one before."""
+        return self.num_zeros_after / self.num_weights
 
 
 class ModelReport(Part):
@@ -308,6 +368,7 @@ class Report(Part):
     out: str | None = None
     checkpoint_bytes: int | None = None
     packed: Packed | None = None
+    recovery: Recovery | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -342,10 +403,10 @@ class Report(Part):
     def verdict(self) -> Verdict:
         """The verdict on the worst evaluated text."""
         remedy = "Lower the sparsity, or use --effort best."
-        if self.structure:
-            remedy = "Lower the sparsity, or train it back with `llmprune recover`."
-        elif self.config.reconstruct:
+        if self.config.reconstruct or self.recovery:
             remedy = "Lower the sparsity."
+        elif self.structure:
+            remedy = "Lower the sparsity, or train it back with `llmprune recover`."
         return judge(self.quality, remedy)
 
 

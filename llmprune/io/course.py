@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmprune.report import RefinementReport
+from llmprune.report import Recovery, RefinementReport
 
 
 def refinement_line(refinement: RefinementReport, taken: str | None = None) -> str:
@@ -16,6 +16,17 @@ def refinement_line(refinement: RefinementReport, taken: str | None = None) -> s
         f"Refined by {refinement.name}: held-out loss {refinement.loss_before:.4f} -> {refinement.loss_after:.4f} in "
         f"{last.num_passes:,} passes, {last.num_accepted:,} of them accepted, {last.num_swaps:,} swaps"
         + (f", {taken}" if taken else "")
+    )
+
+
+def recovery_line(recovery: Recovery, taken: str | None = None) -> str:
+    """What a recovery gained; ``taken`` is its time in words, left out where none is to be told."""
+    config = recovery.config
+    how = f"low-rank updates (rank {config.rank})" if config.mode == "lora" else "all parameters"
+    lesson = "of the dense model's outputs" if recovery.teacher else "of the text alone"
+    return (
+        f"Recovered by {recovery.points[-1].step:,} steps {lesson}, {how}: held-out loss {recovery.loss_before:.4f} -> "
+        f"{recovery.loss_after:.4f}, no zero filled" + (f", {taken}" if taken else "")
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmprune.io.course import Course, refinement_line
+from llmprune.io.course import Course, recovery_line, refinement_line
 from llmprune.io.structure_text import front_course, removed_units, search_course, search_line, structure_line, widths_of
 from llmprune.report import Benchmark, BlockReport, Latency, Quality, Report, SiteReport, Speed, Verdict
 from llmprune.spec import Pattern, PruneConfig
@@ -396,6 +396,7 @@ def render_html(report: Report) -> str:
         reconstruction=reconstruction_line(report),
         refinement=refinement_line(report.refinement, duration(report.refinement.seconds)) if report.refinement else None,
         course=Course.of(report.refinement) if report.refinement else None,
+        recovery=recovery_line(report.recovery, duration(report.recovery.seconds)) if report.recovery else None,
         command=command_line(report.config, report.out),
         **_structure_parts(report),
     )
@@ -443,6 +444,7 @@ def render_card(report: Report, base_model: str, license: str | None) -> str:
         refinement=refinement_line(report.refinement) if report.refinement else None,
         structure=structure_line(report.structure, report.model.num_blocks) if report.structure else None,
         removed=removed_units(report.structure, report.model.num_blocks) if report.structure else [],
+        recovery=recovery_line(report.recovery) if report.recovery else None,
         command=command_line(config),
     )
 

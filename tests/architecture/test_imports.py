@@ -14,22 +14,22 @@ LIBRARY = ROOT / "llmprune"
 # Rank of each module or folder; a module may import what ranks lower, or its own folder.
 RANKS = {
     "_version": 0, "efforts": 0, "errors": 0, "registration": 0, "patterns": 1, "speed": 1, "spec": 2,
-    "pruning": 2, "structure": 2, "report": 3, "events": 4,
+    "pruning": 2, "structure": 2, "recovery_spec": 3, "report": 4, "events": 5,
     "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "stats": 5, "devices": 5, "solvers": 5,
     "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "structured": 7,
     "engines": 8, "measure": 9, "io": 9,
     "speed_tables": 10, "console": 11, "tables": 12,
     "conversion": 10, "description": 10, "loading": 10,
     "allocation": 11, "scoring": 11, "refining": 11, "structuring": 11, "walking": 10, "job": 12,
-    "evaluation": 13, "fetching": 13, "inspection": 13, "planning": 13,
+    "evaluation": 13, "recovery": 13, "fetching": 13, "inspection": 13, "planning": 13,
     "benchmarking": 14, "generation": 14, "api": 15,
-    "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli": 18, "__main__": 19,
+    "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli_recover": 17, "cli": 18, "__main__": 19,
 }  # fmt: skip
 TORCH_FREE = (
-    "_version", "efforts", "errors", "registration", "patterns", "spec", "speed", "pruning", "structure", "report", "events",
-    "terminal", "speed_tables",
-    "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options", "methods/__init__", "allocate/__init__",
-    "allocate/budget", "__init__", "io/headers", "io/course",
+    "_version", "efforts", "errors", "registration", "patterns", "spec", "speed", "pruning", "structure", "recovery_spec",
+    "report", "events", "terminal", "speed_tables", "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options",
+    "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",
+    "io/structure_text",
 )  # fmt: skip
 
 
