@@ -26,7 +26,9 @@ from llmprune.structured.slicing import Cut, mask_
 from llmprune.structured.units import find_units
 
 CPU = torch.device("cpu")
-SETTINGS = TyrSettings(iterations=2, generations=3, offspring=8, stages=(Stage(64, 2), Stage(None, 1)), curve_tokens=64)
+SETTINGS = TyrSettings(
+    iterations=2, generations=3, offspring=8, stages=(Stage(64, 2), Stage(None, 1)), curve_tokens=64, settle=True
+)
 
 
 def ids(seed: int = 0) -> Tensor:
