@@ -122,6 +122,11 @@ def head_of(model: PreTrainedModel, stack: Stack, chunks: Sequence[Tensor], devi
     def head() -> Generator[Logits, None, None]:
         with dispatched(model, device):
             where = module_device(model)
-            yield lambda chunk, hidden_NSH: replay_tail(model, stack, chunks[chunk].to(where), hidden_NSH)
+
+            def logits(chunk: int, hidden_NSH: Tensor) -> Tensor:
+                ids_NS = chunks[chunk][: hidden_NSH.shape[0], : hidden_NSH.shape[1]]  # a draw is of any of its sequences
+                return replay_tail(model, stack, ids_NS.to(where), hidden_NSH)
+
+            yield logits
 
     return head

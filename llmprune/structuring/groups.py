@@ -31,7 +31,7 @@ from llmprune.structured.units import Module, Units, find_units, select_units
 from llmprune.structured.widths import describe_, uniform_counts, uniform_fields
 from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting, head_of, search_texts
 
-SEARCH_TOKENS = 16384
+SEARCH_TOKENS = 8192
 """Calibration tokens that the best candidates are measured on, at most; the paper's preset has its own number."""
 
 
