@@ -15,11 +15,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import llmprune.api  # noqa: F401  (its imports are to be frozen below)
 import tiny
 
 torch.set_num_threads(1)
-gc.freeze()  # a job collects garbage at every stage: let it not walk all of torch and transformers each time
 
 
 class Outcome(NamedTuple):
@@ -28,6 +26,13 @@ class Outcome(NamedTuple):
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_what_is_here() -> None:
+    """A job collects garbage at every stage: let it not walk all the tests, nor what earlier modules have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
