@@ -61,8 +61,9 @@ def search_line(structure: StructureReport) -> str | None:
     where = "on disk" if most.supernet_on_disk else "in memory"
     seconds = [one.generation_seconds for one in done if one.generation_seconds is not None]
     pace = f", {max(seconds):.1f} s each" if seconds else ""
+    supernets = "1 supernet" if len(done) == 1 else f"{len(done)} supernets"
     return (
-        f"Searched: KL {done[0].curve[0][1]:.4f} -> {done[-1].curve[-1][1]:.4f} on calibration tokens; {len(done)} supernets "
+        f"Searched: KL {done[0].curve[0][1]:.4f} -> {done[-1].curve[-1][1]:.4f} on calibration tokens; {supernets} "
         f"of up to {most.supernet_bytes / 1e6:,.1f} MB {where}, {sum(one.num_generations for one in done)} generations{pace}, "
         f"{sum(one.num_evaluated for one in done):,} candidates"
     )
