@@ -9,6 +9,9 @@ from llmprune.io.course import Course
 from llmprune.report import StructureReport
 from llmprune.structure import ModuleReport
 
+MAX_SHOWN_KL = 2.0
+"""Nats; beyond it the front's curve ends."""
+
 
 @dataclass(frozen=True)
 class Removed:
@@ -98,10 +101,10 @@ def search_course(structure: StructureReport) -> Course | None:
 
 
 def front_course(structure: StructureReport) -> Course | None:
-    """Measured KL, predicted where it was not, against parameters left: the largest model at the left."""
+    """Measured KL, predicted where it was not, against parameters taken out, as far as the model is of any use."""
     most = max((point.num_parameters for point in structure.front), default=0)
     points: Sequence[tuple[float, float]] = sorted(
         (most - point.num_parameters, point.kl_predicted if point.kl_measured is None else point.kl_measured)
         for point in structure.front
     )
-    return Course.through(points)
+    return Course.through([point for point in points if point[1] <= MAX_SHOWN_KL])

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack, eager_experts
 from llmprune.devices import module_device
+from llmprune.errors import UnsupportedModel
 from llmprune.events import Event, Warned
 from llmprune.measure.dispatch import dispatched
 from llmprune.patterns import Pattern
 from llmprune.report import StructureReport
 from llmprune.spec import PruneConfig
+from llmprune.structured.free import is_free
 from llmprune.structured.sizes import kv_bytes_per_token, num_parameters
 from llmprune.structuring.blocks import Depth
 from llmprune.structuring.choice import Choice, Chooser, Setting
@@ -34,6 +36,11 @@ def check_structure(config: PruneConfig, model: PreTrainedModel, stack: Stack) -
         ConfigError: the target cannot be reached.
     """
     structure = Pattern.parse(config.pattern).structure
+    if structure in ("blocks", "experts") and is_free(model.config):
+        raise UnsupportedModel(
+            f"layers of this model have widths of their own, which its config describes by layer: take {structure} out of the "
+            "dense model first, and groups afterwards."
+        )
     if structure:
         _CHOOSERS[structure].check(config, model, stack)
 

@@ -93,6 +93,9 @@ def test_a_sliced_checkpoint_is_a_model_like_any_other(
     twice = llmprune.prune(**options, method="flap", sparsity=0.1, out=tmp_path / "twice")
     assert twice.structure is not None and twice.structure.num_parameters < twice.structure.num_parameters_dense
     assert torch.isfinite(_logits(llmprune.load(tmp_path / "twice"))).all()
+    for asked, way_out in (({"pattern": "blocks"}, "first"), ({"method": "magnitude", "widths": "uniform"}, "--widths free")):
+        with pytest.raises(UnsupportedModel, match=way_out):
+            llmprune.prune(**options, **({"pattern": "structured"} | asked), out=tmp_path / "refused")
 
 
 @pytest.mark.parametrize("method", ["tyr", "flap", "magnitude"])
