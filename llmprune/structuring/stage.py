@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Structuring:
         return self.total if self.finished else self.chooser.done
 
     def run(self) -> Generator[Event, None, tuple[StructureReport, float]]:
-        """Choose and take out, with progress; returns the report, and the seconds that an earlier process took."""
+        """Choose and take out, with progress; returns the report and the seconds it took, those of earlier processes too."""
         model, config = self.setting.model, self.setting.config
         before = self._sizes()
         if self.finished:
@@ -79,6 +80,7 @@ class Structuring:
             self._record(choice)
         for message in choice.warnings:
             yield Warned(message=message)
+        begun = time.perf_counter()
         parts: dict[str, Any] = {**choice.data.get("report", {}), **self.chooser.apply_(choice)}
         now = self._sizes()
         report = StructureReport(
@@ -90,7 +92,7 @@ class Structuring:
             kv_bytes=now[1],
             **parts,
         )
-        return report, float(choice.data.get("seconds", 0.0))
+        return report, choice.data["seconds"] + time.perf_counter() - begun
 
     def _sizes(self) -> tuple[int, int | None]:
         model = self.setting.model

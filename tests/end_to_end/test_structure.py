@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,9 @@ def test_experts_go_whole(method: str, moe_model_dir: Path, job: dict[str, Any],
 def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_path: Path) -> None:
     """Stopped at every generation in turn, and after the choice: the checkpoint is the uninterrupted run's."""
     options = {**job, **TYR, "sparsity": 0.25}
+    begun = time.perf_counter()
     whole = llmprune.prune(**options, out=tmp_path / "whole")
+    assert 0 < whole.seconds < time.perf_counter() - begun
 
     def run(stop: Callable[[Event], bool], out: Path) -> Report | None:
         events = llmprune.prune_iter(**options, out=out, resume=True)
