@@ -33,6 +33,16 @@ def test_packing_example_runs() -> None:
     assert "dense again, the same bytes: True" in done.stdout
 
 
+def test_slicing_example_runs() -> None:
+    """Both ways of loading write the same text, and the model is smaller."""
+    example = ROOT / "examples" / "slice_a_model.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=240, check=True, cwd=ROOT)
+    assert "4,066,560 parameters before, 3,181,824 now" in done.stdout
+    texts = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("by ")]
+    assert len(texts) == 2 and len(set(texts)) == 1
+    assert "the KL would be about" in done.stdout and "after 8 steps perplexity" in done.stdout
+
+
 def test_bundled_model_is_small_and_has_learnt() -> None:
     """Under 12 MB; on held-out text far below the n-gram baseline's 39.5 that its card states."""
     assert sum(file.stat().st_size for file in BUNDLED_PATH.iterdir()) < 12e6
