@@ -32,8 +32,8 @@ from llmprune.anatomy.sites import Site
 from llmprune.devices import free_bytes, module_device, placed
 from llmprune.engines.draws import Part, draw, narrowed, whole
 from llmprune.engines.layerwise import Walk
-from llmprune.engines.processes import spread
 from llmprune.errors import OutputError
+from llmprune.processes import spread
 from llmprune.spec import Target
 from llmprune.stats import LinearStats
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,8 @@ class Structuring:
         structure = Pattern.parse(self.setting.config.pattern).structure
         assert structure
         self.chooser: Chooser = _CHOOSERS[structure](self.setting)
-        self.finished = bool(self.setting.journal and self.setting.journal.has(RECORD))
+        journal = self.setting.journal
+        self.finished = self.setting.agreed(lambda: bool(journal and journal.has(RECORD)))
 
     @property
     def total(self) -> int:
@@ -64,12 +66,14 @@ class Structuring:
         """Choose and take out, with progress; returns the report, and the seconds that an earlier process took."""
         model, config = self.setting.model, self.setting.config
         before = self._sizes()
+        begun = time.perf_counter()
         if self.finished:
             choice = self._recorded()
         else:
             with eager_experts(model):
                 choice = yield from self.chooser.choose()
             self._record(choice)
+        earlier = choice.data["seconds"] - (0.0 if self.finished else time.perf_counter() - begun)
         for message in choice.warnings:
             yield Warned(message=message)
         parts: dict[str, Any] = {**choice.data.get("report", {}), **self.chooser.apply_(choice)}
@@ -83,7 +87,7 @@ class Structuring:
             kv_bytes=now[1],
             **parts,
         )
-        return report, float(choice.data.get("seconds", 0.0))
+        return report, max(0.0, earlier)
 
     def _sizes(self) -> tuple[int, int | None]:
         model = self.setting.model
