@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ import llmprune
 import tiny
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import Event, Finished, Progress
+from llmprune.io.journal import Journal
 from llmprune.report import Report
 from llmprune.spec import Pattern
+from llmprune.structured.units import Module
+from llmprune.structuring import groups
 
 TYR: dict[str, Any] = {"method": "tyr", "tyr_iterations": 2, "tyr_generations": 2, "tyr_offspring": 4}
 IDS = torch.arange(24).view(2, 12) % tiny.VOCAB_SIZE
@@ -189,6 +192,38 @@ def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_pat
     assert (tmp_path / "late.work" / "structured").is_dir()
     assert run(lambda _: False, late) is not None
     assert (late / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("widths", ["free", "uniform"])
+def test_a_budget_of_seconds(widths: str, job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is in the report and on its page, the share of it is gone, and a resumed run does not measure again."""
+    measured: list[dict[str, float]] = []
+    measure = groups.seconds_per_group
+
+    def count(model: PreTrainedModel, modules: Sequence[Module]) -> dict[str, float]:
+        measured.append(measure(model, modules, prompt_tokens=16, repeats=3, seconds=0.02))
+        return measured[-1]
+
+    monkeypatch.setattr(groups, "seconds_per_group", count)
+    options = {**job, **TYR, "widths": widths, "budget": "latency", "sparsity": 0.3, "out": tmp_path / "out"}
+    events = llmprune.prune_iter(**options)
+    assert any(isinstance(event, Progress) and event.stage == "structure" for event in events)
+    events.close()  # type: ignore[attr-defined]
+    (costs,) = measured
+    name = Journal(tmp_path / "out.work").latest("structure")
+    assert name == "structure-000000" and Journal(tmp_path / "out.work").read(name, [])["costs"] == costs
+    report = llmprune.prune(**options, resume=True)
+    structure = report.structure
+    assert len(measured) == 1 and report.resumed and structure is not None
+    for unit, part in (("kv group", "self_attn"), ("channel", "mlp")):
+        own = [seconds for module, seconds in costs.items() if module.endswith(part)]
+        assert structure.group_seconds[unit] == pytest.approx(sum(own) / 4) and min(own) > 0  # type: ignore[index]
+    gone = sum(costs[module.name] * (module.num_groups - module.num_kept) for module in structure.modules)
+    total = sum(costs[module.name] * module.num_groups for module in structure.modules)
+    # Seconds are rounded to a thousandth of the cheapest group.
+    assert gone / total == pytest.approx(structure.sparsity_of_seconds) and 0.299 < gone / total < 1
+    assert llmprune.load(tmp_path / "out").num_parameters() == structure.num_parameters < structure.num_parameters_dense
+    assert "all groups&#39; time taken out" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_model_in_memory_gets_smaller_in_place(job: dict[str, Any]) -> None:
