@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
 import tiny
+from forked import run
 from llmprune.errors import ConfigError, UnsupportedModel
-from llmprune.events import Event, Finished, Progress
+from llmprune.events import Event, Finished, Progress, StageStarted
+from llmprune.io import journal
 from llmprune.io.journal import Journal
 from llmprune.report import Report
 from llmprune.spec import Pattern
@@ -41,6 +46,14 @@ def pruned(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tup
     """A model with widths of its own for every layer, and its report."""
     out = tmp_path_factory.mktemp("out") / "free"
     return llmprune.prune(**job, **TYR, budget="parameters", sparsity=0.3, out=out), out
+
+
+@pytest.fixture(scope="module")
+def whole(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, bytes]:
+    """An uninterrupted search: its report, and the weights it wrote."""
+    out = tmp_path_factory.mktemp("out") / "whole"
+    report = llmprune.prune(**job, **TYR, sparsity=0.25, out=out)
+    return report, (out / "model.safetensors").read_bytes()
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:
@@ -154,10 +167,10 @@ def test_experts_go_whole(method: str, moe_model_dir: Path, job: dict[str, Any],
     assert report.sparsity == 0.25
 
 
-def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_search_goes_on_to_the_same_bytes(whole: tuple[Report, bytes], job: dict[str, Any], tmp_path: Path) -> None:
     """Stopped at every generation in turn, and after the choice: the checkpoint is the uninterrupted run's."""
     options = {**job, **TYR, "sparsity": 0.25}
-    whole = llmprune.prune(**options, out=tmp_path / "whole")
+    uninterrupted, weights = whole
 
     def run(stop: Callable[[Event], bool], out: Path) -> Report | None:
         events = llmprune.prune_iter(**options, out=out, resume=True)
@@ -184,14 +197,71 @@ def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_pat
         if report:
             break
     assert report is not None and report.resumed and len(seen) >= 3
-    assert report.structure is not None and whole.structure is not None
-    assert [one.curve for one in report.structure.iterations] == [one.curve for one in whole.structure.iterations]
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert report.structure is not None and uninterrupted.structure is not None
+    assert [one.curve for one in report.structure.iterations] == [one.curve for one in uninterrupted.structure.iterations]
+    assert (out / "model.safetensors").read_bytes() == weights
     late = tmp_path / "late"
     assert run(lambda event: isinstance(event, Progress) and event.stage == "pruned", late) is None
     assert (tmp_path / "late.work" / "structured").is_dir()
     assert run(lambda _: False, late) is not None
-    assert (late / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (late / "model.safetensors").read_bytes() == weights
+
+
+def _die_writing() -> None:
+    """SIGKILL this process when the second state of a search is written and not yet in its place."""
+    sync = journal.sync_directory
+
+    def stop(directory: Path) -> None:
+        if directory.name.startswith(".tmp-structure-") and any(directory.parent.glob("structure-*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(directory)
+
+    journal.sync_directory = stop
+
+
+def _die_tidying() -> None:
+    """SIGKILL this process when the second state of a search is in its place and the first one is still there."""
+    sync = journal.sync_directory
+
+    def stop(directory: Path) -> None:
+        sync(directory)
+        if len(list(directory.glob("structure-*"))) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.sync_directory = stop
+
+
+@pytest.mark.parametrize("die", [None, _die_writing, _die_tidying], ids=["generation", "write", "tidy"])
+def test_a_killed_search_goes_on_to_the_same_bytes(
+    die: Callable[[], None] | None, whole: tuple[Report, bytes], job: dict[str, Any], tmp_path: Path
+) -> None:
+    """A process of the command line, SIGKILLed at a generation of the search and while its state is written, and resumed."""
+    _, weights = whole
+    out, work = tmp_path / "out", Journal(tmp_path / "out.work")
+    options = {**{name: value for name, value in job.items() if name not in ("model", "latency")}, **TYR, "sparsity": 0.25}
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    events = ["--events", str(tmp_path / "events.jsonl")]
+    argv = ["prune", job["model"], "--out", str(out), "--no-latency", "--resume", *given, *events]
+    rng = random.Random(2)
+    number, delay = rng.randrange(1, 4), rng.choice([0, 0.002])
+
+    def generation(event: Event) -> bool:
+        nonlocal number
+        number -= isinstance(event, Progress) and event.stage == "structure" and event.detail.startswith("search")
+        return number == 0
+
+    code, _ = run(argv, None if die else generation, delay=delay, before=die)
+    assert code == -signal.SIGKILL and not out.exists() and not work.has("structured")
+    states = sorted(folder.name for folder in work.directory.glob("structure-*"))
+    assert len(states) == (2 if die is _die_tidying else 1)
+    assert bool(list(work.directory.glob(".tmp-structure-*"))) == (die is _die_writing) or die is None
+    before = work.read(states[-1], [])
+    code, seen = run(argv)
+    assert code == 0 and isinstance(seen[-1], Finished) and seen[-1].report.resumed
+    (begun,) = [event for event in seen if isinstance(event, StageStarted) and event.stage == "structure"]
+    assert begun.resumed_at == before["done"] > 0
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "out"]
 
 
 @pytest.mark.parametrize("widths", ["free", "uniform"])
