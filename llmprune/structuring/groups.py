@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
@@ -47,7 +48,8 @@ class Groups:
         setting, config = self.setting, self.setting.config
         self.units = units_of(config, setting.model, setting.stack)
         self.modules = list(self.units.modules)
-        self.warnings: list[str] = []
+        message = left_message(self.units, not_understood(config, setting.model, setting.stack))
+        self.warnings = [message] if message else []
         self.state = setting.recorded() or {"done": 0, "seconds": 0.0}
 
     @staticmethod
@@ -230,8 +232,29 @@ def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units
     """
     units = select_units(find_units(model, stack), config.skip)
     if not units.modules:
-        raise UnsupportedModel(f"nothing to take out: all modules are left whole by --skip, e.g. {next(iter(units.left))}.")
+        name, why = next(iter(units.left.items()))
+        raise UnsupportedModel(
+            f"nothing to take out: all {len(units.left)} modules are left whole, by --skip or as they are not understood, e.g. "
+            f"{name}: {why}."
+        )
     return units
+
+
+def not_understood(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> dict[str, str]:
+    """Why modules are left whole that no glob of ``--skip`` names, by name."""
+    left = find_units(model, stack).left
+    return {name: why for name, why in left.items() if not any(fnmatchcase(name, glob) for glob in config.skip)}
+
+
+def left_message(units: Units, others: Mapping[str, str]) -> str | None:
+    """What to tell of modules that are left whole though nobody asked for it; None where there are none."""
+    if not others:
+        return None
+    kinds = {module.kind for module in units.modules}
+    only = "only FFNs are sliced, no attention: " if "ffn" in kinds else "only attention is sliced, no FFN: "
+    number = "1 module is" if len(others) == 1 else f"{len(others)} modules are"
+    name, why = next(iter(others.items()))
+    return f"{only if len(kinds) == 1 else ''}{number} left whole, e.g. {name}: {why}."
 
 
 def widths_of(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
 import tiny
+from families import tiny_model
 from forked import run
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import Event, Finished, Progress, StageStarted
@@ -318,12 +319,49 @@ def test_plan_knows_what_a_search_takes(asked: dict[str, Any], job: dict[str, An
         assert more.seconds > stage.seconds
 
 
+def test_plan_counts_modules(job: dict[str, Any], cli: Callable[..., Any]) -> None:
+    """Of structured pruning what can go from the modules; what is skipped is left whole."""
+    options = {name: value for name, value in job.items() if name != "latency"}
+    plan = llmprune.plan(**options, pattern="structured", method="magnitude", skip=("*.0.self_attn.*",))
+    model = llmprune.load(job["model"])
+    names = [
+        name for name, _ in model.named_parameters() if "_proj" in name and not name.startswith("model.layers.0.self_attn")
+    ]
+    assert (plan.num_modules, plan.num_sites, list(plan.left)) == (7, len(names), ["model.layers.0.self_attn"])
+    assert plan.num_pruned_weights == sum(model.get_parameter(name).numel() for name in names)
+    shown = cli("plan", job["model"], "--pattern", "structured", "--calibration", job["calibration"], "--no-eval").out
+    assert "28 matrices of 8 modules" in shown and "Left whole" not in shown
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words", "left"),
+    [
+        ("olmo2", "only FFNs are sliced, no attention: 2 modules are left whole, e.g. model.layers.0.self_attn: ", "self_attn"),
+        ("mixtral", "only attention is sliced, no FFN: 2 modules are left whole, e.g. model.layers.0.", "mlp"),
+    ],
+    ids=["attention", "ffn"],
+)
+def test_what_is_left_whole_is_told(
+    model_type: str, words: str, left: str, job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """One warning with the number and a reason, by the job and in the plan; none of what --skip names."""
+    folder = tiny.save(tiny_model(model_type), tmp_path / "model")
+    options = {**job, "model": str(folder), "method": "magnitude", "pattern": "structured", "sparsity": 0.25, "eval": ()}
+    report = llmprune.prune(**options)
+    (warning,) = [message for message in report.warnings if "left whole" in message]
+    assert warning.startswith(words) and report.structure is not None and len(report.structure.left) == 2
+    plan = cli("plan", folder, "--pattern", "structured", "--calibration", job["calibration"], "--no-eval")
+    assert "Left whole" in plan.out and "2 modules, e.g. model.layers.0" in plan.out
+    skipped = llmprune.prune(**options, skip=(f"*.{left}",))
+    assert not any("left whole" in message for message in skipped.warnings)
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "words"),
     [
         ({"method": "tyr", "sparsity": 0.99, "widths": "uniform"}, ConfigError, ("0.99", "--sparsity")),
         ({"method": "flap", "sparsity": 0.99}, ConfigError, ("0.99",)),
-        ({"method": "tyr", "skip": ("*",)}, UnsupportedModel, ("--skip",)),
+        ({"method": "tyr", "skip": ("*",)}, UnsupportedModel, ("--skip", "all 8 modules")),
         ({"pattern": "blocks", "sparsity": 0.05}, ConfigError, ("0.05", "4 blocks", "1 to 3")),
         ({"pattern": "blocks", "sparsity": 0.95}, ConfigError, ("0.95", "1 to 3")),
         ({"pattern": "experts"}, UnsupportedModel, ("no experts",)),
