@@ -25,7 +25,7 @@ from llmprune.anatomy.blocks import Recording, Stack, find_stack, probe
 from llmprune.anatomy.sites import Site, check_pattern, select, total_weights
 from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.description import describe_model
-from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, pick_device
+from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, own_device, pick_device
 from llmprune.engines.layerwise import Walk, block_messages
 from llmprune.engines.permute import permutation_messages
 from llmprune.engines.survey import check_budget
@@ -40,7 +40,7 @@ from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import DENSE_NOTE
 from llmprune.methods import method_of
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
-from llmprune.processes import first_says, is_first, own_device, several, wait_for_all
+from llmprune.processes import first_says, is_first, several, wait_for_all
 from llmprune.refining import Refining, check_refinement, copy_weights, put_back, tuned_report
 from llmprune.report import (
     AllocationReport,

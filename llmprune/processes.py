@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from llmprune.errors import ConfigError, LlmpruneError, one_line
+from llmprune.errors import LlmpruneError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,31 +35,9 @@ def is_first() -> bool:
     return not several() or os.environ.get("RANK", "0") == "0"
 
 
-def own_device(name: str) -> torch.device:
-    """The device of this one of several processes, of the kind that is named; opens their means of communication.
-
-    Raises:
-        ConfigError: there is no device for each process, or they cannot talk to each other from there.
-    """
-    import torch
-    from accelerate import PartialState
-
-    from llmprune.devices import pick_device
-
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    device = pick_device("cpu" if name == "auto" and on_cpu else name)
-    if device.index is not None:
-        raise ConfigError(f"several processes take a device each, got device {name!r}. Use --device {device.type}.")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device.type != "cpu" and here > (count := torch.accelerator.device_count()):
-        raise ConfigError(
-            f"{here} processes need a device each, and this machine has {count}. Start fewer, or use --device cpu."
-        )
-    state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
-    if not torch.distributed.is_initialized():
-        raise ConfigError(f"processes on {device.type!r} cannot talk to each other. Start one, or use --device cpu.")
-    own: torch.device = state.device
-    return own
+def num_here() -> int:
+    """Processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if several() else 1
 
 
 def first_says(work: Callable[[], A]) -> A:
