@@ -18,8 +18,12 @@ import llmprune
 import tiny
 from forked import PROCESSES
 from llmprune.events import Finished, Progress, StageStarted, parse_event
+from llmprune.io.checkpoint import read_manifest
 from llmprune.io.journal import Journal
 
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
+)
 TYR: dict[str, Any] = {"method": "tyr", "tyr_iterations": 1, "tyr_generations": 4, "tyr_offspring": 4, "device": "cpu"}
 
 
@@ -126,6 +130,24 @@ def test_one_that_dies_ends_the_others(lost: int, job: dict[str, Any], alone: by
     assert any(isinstance(event, Progress) and event.stage == "structure" for event in events)
     assert run(argv, tmp_path / "third") == [0, 0]  # done: the first has the report, and the other one hears of it
     assert run(arguments(job, tmp_path / "out"), tmp_path / "fourth") == [2, 2]
+
+
+def test_what_was_chosen_is_carried_out_by_the_first(job: dict[str, Any], alone: bytes, tmp_path: Path) -> None:
+    """A run of one process, stopped after its choice, goes on with two: the other one has nothing to do."""
+    events = llmprune.prune_iter(**job, out=tmp_path / "out")
+    assert any(isinstance(event, StageStarted) and event.stage == "pruned" for event in events)
+    events.close()  # type: ignore[attr-defined]
+    assert Journal(tmp_path / "out.work").has("structured")
+    assert run(arguments(job, tmp_path / "out", "--resume"), tmp_path / "store") == [0, 0]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == alone
+
+
+def test_all_have_the_seconds_that_the_first_measured(job: dict[str, Any], tmp_path: Path) -> None:
+    """A budget of latency is one budget: with one of their own the processes would search for different things."""
+    assert run(arguments(job, tmp_path / "out", "--budget", "latency"), tmp_path / "store") == [0, 0]
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None and manifest[1].structure is not None
+    assert set(manifest[1].structure.group_seconds) == {"kv group", "channel"}
 
 
 def test_zeros_are_the_work_of_one_process(
