@@ -206,5 +206,6 @@ def _numbers(owner: nn.Module) -> dict[str, float]:
 def _cannot_say(model: PreTrainedModel, fields: Mapping[str, int], what: str, ours: object, theirs: object) -> UnsupportedModel:
     kind = model.config.get_text_config().model_type
     return UnsupportedModel(
-        f"{what} is {ours} in the sliced model and {theirs} in a {kind} of {dict(fields)}: its config cannot say these widths."
+        f"{what} is {ours} in the sliced model and {theirs} in a {kind} of {dict(fields)}: its config cannot say these widths. "
+        "Use --widths free."
     )

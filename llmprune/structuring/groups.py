@@ -16,7 +16,7 @@ from llmprune.devices import module_device
 from llmprune.engines.flap import structural_cuts
 from llmprune.engines.tyr import Round, Step, Tyr
 from llmprune.engines.tyr_settings import PRESETS, TyrSettings
-from llmprune.errors import UnsupportedModel
+from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import Event, Progress
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.modules import seconds_per_group
@@ -25,6 +25,7 @@ from llmprune.spec import PruneConfig
 from llmprune.structure import FrontPoint, IterationReport, ModuleReport, Unit
 from llmprune.structured.budget import Budget
 from llmprune.structured.free import describe_free_, is_free
+from llmprune.structured.scores import parameters_that_go
 from llmprune.structured.slicing import Cut, check_sliced, mask_, record_masked, slice_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
 from llmprune.structured.units import Module, Units, find_units, select_units
@@ -53,8 +54,12 @@ class Groups:
     @staticmethod
     def check(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> None:
         """Refuse a model of which nothing can go, and a share that cannot."""
-        modules = units_of(config, model, stack).modules
-        widths_of(config, model, modules)
+        units = units_of(config, model, stack)
+        widths = widths_of(config, model, units.modules)
+        if widths is None:
+            check_share(config, units)
+        else:  # whose fields may say those of modules that are left whole, too
+            uniform_fields(model, units.modules, {module.name: widths[0].kept(module) for module in units.modules})
 
     @property
     def total(self) -> int:
@@ -138,7 +143,9 @@ class Groups:
         known: Literal["flap", "magnitude"] = "flap" if method == "flap" else "magnitude"
         counts = None
         if self.widths:
-            counts = closest(self.widths, self.modules, setting.config.sparsity).removed(self.modules)
+            taken = closest(self.widths, self.modules, setting.config.sparsity)
+            counts = taken.removed(self.modules)
+            self._tell(taken)
         running = structural_cuts(
             known, setting.stack, self.modules, setting.record() if method == "flap" else None, setting.device,
             sparsity=setting.config.sparsity, counts=counts, with_bias=self.widths is None,
@@ -173,8 +180,8 @@ class Groups:
                 setting.keep(step.done, {"done": step.done, "seconds": seconds, "search": tyr.snapshot()})
             yield Progress(stage="structure", done=step.done, total=step.total, detail=detail_of(step))
         taken = next((one for one in self.widths or () if one.removed(self.modules) == tyr.counts), None)
-        if taken and (message := shortfall(taken, self.modules, setting.config.sparsity)):
-            self.warnings.append(message)
+        if taken:
+            self._tell(taken)
         others = sum(parameter.numel() for parameter in setting.model.parameters()) - sum(
             module.num_groups * module.parameters_per_group for module in self.modules
         )
@@ -189,6 +196,11 @@ class Groups:
             "settled": None if tyr.settled is None else tyr.settled <= tyr.divergence,
         }
         return tyr.cuts, report
+
+    def _tell(self, taken: Widths) -> None:
+        """Warn where attention gives less than its share."""
+        if message := shortfall(taken, self.modules, self.setting.config.sparsity):
+            self.warnings.append(message)
 
     def _budget(self) -> Budget:
         setting, name = self.setting, self.setting.config.budget
@@ -230,6 +242,25 @@ def widths_of(config: PruneConfig, model: PreTrainedModel, modules: Sequence[Mod
     return uniform_widths(Budget.of(modules, config.sparsity, name), counts)
 
 
+def check_share(config: PruneConfig, units: Units) -> None:
+    """Refuse a share that cannot go, or that leaves nothing to run.
+
+    Raises:
+        ConfigError: names what can go.
+    """
+    if config.method == "flap":
+        parameters_that_go(units.modules, config.sparsity)
+        return
+    counts = budget_of_shapes(config, units.modules).centre()
+    if not units.left and all(count == module.num_groups for count, module in zip(counts, units.modules, strict=True)):
+        raise ConfigError(f"sparsity {config.sparsity:g} takes out all groups of all modules. Use a lower --sparsity.")
+
+
+def budget_of_shapes(config: PruneConfig, modules: Sequence[Module]) -> Budget:
+    """The job's, but parameters in place of seconds, which are not known before the model runs."""
+    return Budget.of(modules, config.sparsity, "parameters" if config.budget == "latency" else config.budget)
+
+
 def settings_of(config: PruneConfig) -> TyrSettings:
     """The preset's, where no field says otherwise."""
     preset = PRESETS[config.tyr_preset]
@@ -238,8 +269,9 @@ def settings_of(config: PruneConfig) -> TyrSettings:
     }  # fmt: skip
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(
-        preset, **given, hidden_weight=config.tyr_hidden_weight, sequential=config.sequential == "group", seed=config.seed
-    )
+        preset, **given, hidden_weight=config.tyr_hidden_weight, damping=config.damping,
+        sequential=config.sequential == "group", seed=config.seed,
+    )  # fmt: skip
 
 
 def max_search_tokens(config: PruneConfig) -> int:
