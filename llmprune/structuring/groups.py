@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack
-from llmprune.devices import module_device
 from llmprune.engines.flap import structural_cuts
 from llmprune.engines.tyr import Round, Step, Tyr
 from llmprune.engines.tyr_settings import PRESETS, TyrSettings
@@ -26,7 +25,7 @@ from llmprune.structure import FrontPoint, IterationReport, ModuleReport, Unit
 from llmprune.structured.budget import Budget
 from llmprune.structured.free import describe_free_, is_free
 from llmprune.structured.scores import parameters_that_go
-from llmprune.structured.slicing import Cut, check_sliced, mask_, record_masked, slice_
+from llmprune.structured.slicing import Cut, slice_model_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
 from llmprune.structured.units import Module, Units, find_units, select_units
 from llmprune.structured.widths import describe_, uniform_counts, uniform_fields
@@ -90,26 +89,19 @@ class Groups:
         """Slice the model; the sliced modules are compared with the masked ones on calibration tokens."""
         setting, model = self.setting, self.setting.model
         cuts = cuts_of(choice.tensors)
-        chosen = [module for module in self.modules if _changes(module, cuts[module.name])]
+        changed = {module.name: cut for module in self.modules if _changes(module, cut := cuts[module.name])}
         kept = {module.name: len(cuts[module.name].kept_G) for module in self.modules}
         modules = tuple(report_of(module, kept[module.name]) for module in self.modules)  # sliced ones no longer say
         removable = sum(module.num_groups * module.parameters_per_group for module in self.modules)
         gone = sum((module.num_groups - kept[module.name]) * module.parameters_per_group for module in self.modules)
         fields = self._fields(kept)
-        ids_NS = setting.ids_NS[:1, :CHECK_TOKENS]
-        for module in chosen:
-            mask_(module, cuts[module.name])
-        with dispatched(model, setting.device):
-            reference = record_masked(model, chosen, ids_NS.to(module_device(model)))
-        for module in chosen:
-            cut = cuts[module.name]
-            slice_(model, module, Cut(cut.kept_G))
-        with dispatched(model, setting.device):
-            check_sliced(model, reference)
-        stock = bool(chosen) and self._describe_(fields)
+        slice_model_(
+            model, self.modules, changed, setting.ids_NS[:1, :CHECK_TOKENS], running=lambda: dispatched(model, setting.device)
+        )
+        stock = bool(changed) and self._describe_(fields)
         return {
             "modules": [module.model_dump() for module in modules], "left": self.units.left, "num_removable": removable,
-            "num_removed": gone, "stock": stock or not chosen,
+            "num_removed": gone, "stock": stock or not changed,
         }  # fmt: skip
 
     def _fields(self, kept: Mapping[str, int]) -> dict[str, int] | None:
