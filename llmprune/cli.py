@@ -85,7 +85,8 @@ from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
 from llmprune.methods import METHODS, REFINED, STRUCTURAL
-from llmprune.spec import BUNDLED_MODEL, PruneConfig
+from llmprune.processes import is_first, several
+from llmprune.spec import BUNDLED_MODEL, Pattern, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
 
 app = typer.Typer(
@@ -155,13 +156,23 @@ def prune(
     """Prune MODEL, measure what it cost, and write checkpoint and report to --out."""
     fields = config_fields(locals())
     check_streams(events, as_json)
-    with event_sink(events) as sink:
+    first = is_first()  # of several processes one speaks
+    with event_sink(events if first else None) as sink:
         if out is None:
             raise ConfigError("--out DIR is missing: where should the checkpoint go?")
         config = PruneConfig.build(None, **fields)
+        if several() and Pattern.parse(config.pattern).structure != "structured":
+            raise ConfigError(
+                f"several processes work together on pattern structured only, got pattern {config.pattern}. Start one, without "
+                "accelerate launch or torchrun."
+            )
         with heavy_imports():
             from llmprune.api import prune_iter
         run = prune_iter(config=config, out=out, resume=resume)
+        if not first:
+            for _ in run:
+                pass
+            return
         last = follow(run, sink, interrupted="Interrupted. Finished blocks are kept: go on with --resume.")
     assert isinstance(last, Finished)
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from llmprune.cli_options import EventsFile, Json, NoEval, check_streams, event_
 from llmprune.console import printable
 from llmprune.events import Recovered
 from llmprune.io.render import count, duration, number, percent
+from llmprune.processes import is_first
 from llmprune.recovery_spec import RecoverConfig
 from llmprune.report import Recovery
 from llmprune.terminal import add_row, make_table
@@ -58,7 +58,7 @@ def recover(
     fields = {name: value for name, value in locals().items() if name in RecoverConfig.model_fields}
     fields["eval"] = () if no_eval else tuple(eval) if eval else None
     check_streams(events, as_json)
-    first = int(os.environ.get("RANK", 0)) == 0  # of several processes one speaks
+    first = is_first()  # of several processes one speaks
     with event_sink(events if first else None) as sink:
         with heavy_imports():
             from llmprune.recovery import recover_iter

@@ -39,7 +39,7 @@ from llmprune.io.render import (
     times,
     verdict_parts,
 )
-from llmprune.io.structure_text import removed_units, search_line
+from llmprune.io.structure_text import latency_line, removed_units, search_line
 from llmprune.report import Latency, Packed, Report, Speed, StructureReport
 from llmprune.speed import overlap
 from llmprune.speed_tables import print_benchmark
@@ -77,8 +77,9 @@ def print_report(report: Report, console: Console) -> None:
     if report.quality:
         console.print(_quality(report))
     console.print(_structure(report, report.structure) if report.structure else _sparsity(report))
-    if report.structure and (line := search_line(report.structure)):
-        console.print(Text(line))
+    for line in (search_line(report.structure), latency_line(report.structure)) if report.structure else ():
+        if line:
+            console.print(Text(line))
     if report.refinement:
         console.print(Text(refinement_line(report.refinement, duration(report.refinement.seconds))))
     for line in (permutation_line(report), reconstruction_line(report)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import resource
 import sys
@@ -19,12 +20,14 @@ from weakref import WeakSet
 import psutil
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import get_max_memory
 from safetensors import SafetensorError
 from torch import nn
 
 from llmprune._version import __version__
 from llmprune.errors import ConfigError, OutOfMemory, one_line
+from llmprune.processes import TIMEOUT, num_here
 from llmprune.report import Environment
 
 _CGROUP_FILES = (
@@ -52,10 +55,32 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def own_device(name: str) -> torch.device:
+    """The device of this one of several processes, of the kind that is named; opens their means of communication.
+
+    Raises:
+        ConfigError: there is no device for each process, or they cannot talk to each other from there.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    device = pick_device("cpu" if name == "auto" and on_cpu else name)
+    if device.index is not None:
+        raise ConfigError(f"several processes take a device each, got device {name!r}. Use --device {device.type}.")
+    here = num_here()
+    if device.type != "cpu" and here > (count := torch.accelerator.device_count()):
+        raise ConfigError(
+            f"{here} processes need a device each, and this machine has {count}. Start fewer, or use --device cpu."
+        )
+    state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+    if not torch.distributed.is_initialized():
+        raise ConfigError(f"processes on {device.type!r} cannot talk to each other. Start one, or use --device cpu.")
+    own: torch.device = state.device
+    return own
+
+
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: cgroup-aware on the CPU."""
+    """Bytes that can still be allocated: cgroup-aware on the CPU, where the processes of one job have a share each."""
     if device.type == "cpu":
-        return min(psutil.virtual_memory().available, *_cgroup_free())
+        return min(psutil.virtual_memory().available, *_cgroup_free()) // num_here()
     memory = get_max_memory()
     index = device.index if device.index is not None else torch.accelerator.current_device_index()
     return int(memory.get(index, memory.get(device.type, 0)))

@@ -1,12 +1,15 @@
 """The job: load, calibrate, measure, prune, measure again, write. A generator of events; closing it cancels.
 
 Everything a front end needs comes out as events; everything a resumed run needs lies in the journal.
+
+Several processes may do one job of pattern structured (:mod:`llmprune.processes`): all of them load the model and choose what
+goes, and the first alone reads texts, measures, keeps the journal and writes.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from llmprune.anatomy.blocks import Recording, Stack, find_stack, probe
 from llmprune.anatomy.sites import Site, check_pattern, select, total_weights
 from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.description import describe_model
-from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, pick_device
+from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, own_device, pick_device
 from llmprune.engines.layerwise import Walk, block_messages
 from llmprune.engines.permute import permutation_messages
 from llmprune.engines.survey import check_budget
@@ -37,6 +40,7 @@ from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import DENSE_NOTE
 from llmprune.methods import method_of
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
+from llmprune.processes import first_says, is_first, several, wait_for_all
 from llmprune.refining import Refining, check_refinement, copy_weights, put_back, tuned_report
 from llmprune.report import (
     AllocationReport,
@@ -58,6 +62,7 @@ from llmprune.structuring.choice import Setting
 from llmprune.structuring.stage import Structuring, check_structure
 from llmprune.walking import JournaledWalk, record_batches
 
+_A = TypeVar("_A")
 _E = TypeVar("_E", bound=Event)
 
 _DENSE = "dense"
@@ -96,15 +101,20 @@ class Job:
 
     def run(self) -> Iterator[Event]:
         """Do the job; the last event is Finished, and the only one where a resumed job turns out to be done."""
-        if report := self._already_done():
+        self._join()
+        if report := self._agreed(self._already_done):
             yield Finished(report=report)
             return
         self._check()
+        self._agreed(self._check_output)
         try:
             with checkpoint.disk_errors(self.out or Path.cwd()), memory_errors():
                 yield from self._load()
                 yield from self._calibrate()
-                self._open_journal()
+                self.batch_size = self._agreed(self._open_journal)
+                if not self.first:
+                    yield from self._follow()
+                    return
                 yield from self._measure_dense()
                 if Pattern.parse(self.config.pattern).structure:
                     yield from self._structure()
@@ -123,6 +133,20 @@ class Job:
         finally:
             if self.journal:
                 self.journal.close()
+
+    def _join(self) -> None:
+        """One of several processes takes a device of its own; all but the first leave ``out`` to it."""
+        config = self.config
+        self.shared = several() and Pattern.parse(config.pattern).structure == "structured"
+        self.first = is_first() or not self.shared
+        if self.shared:
+            self.device = own_device(config.device)
+        if not self.first:
+            self.out = None
+
+    def _agreed(self, work: Callable[[], _A]) -> _A:
+        """What ``work()`` returns in this process, or in the first of several."""
+        return first_says(work) if self.shared else work()
 
     def _already_done(self) -> Report | None:
         """The report of this very run, if it was killed after its checkpoint took its place: then what it left goes.
@@ -151,15 +175,19 @@ class Job:
         """Everything that can be refused before a byte is read."""
         config = self.config
         method_of(config)
-        self.device = pick_device(config.device)
+        if not self.shared:
+            self.device = pick_device(config.device)
         self.in_memory = self.model is not None
         self.calibration_source = config.calibration_source(in_memory=self.in_memory)
-        self.eval_sources = config.eval_sources(in_memory=self.in_memory)
+        self.eval_sources = config.eval_sources(in_memory=self.in_memory) if self.first else ()
         check_source(self.calibration_source)
         for source in self.eval_sources:
             check_source(source, evaluation=True)
+
+    def _check_output(self) -> None:
+        """That the checkpoint, and the journal, may go where they are to go."""
         if self.out is not None:
-            checkpoint.check_output(self.out, None if self.in_memory else local_directory(config.model))
+            checkpoint.check_output(self.out, None if self.in_memory else local_directory(self.config.model))
             if not self.in_memory:
                 self._journal_of(self.out).check(resume=self.resume)
 
@@ -198,11 +226,7 @@ class Job:
         clock = self._clock("calibration")
         yield clock.started(1 + len(self.eval_sources))
         assert self.model is not None and self.tokenizer is not None
-        with dispatched(self.model, self.device) if self.calibration_source == "synthetic" else nullcontext():
-            self.calibration = load_calibration(
-                self.calibration_source, self.tokenizer, num_samples=self.config.num_samples, seq_len=self.seq_len,
-                seed=self.config.seed, model=self.model,
-            )  # fmt: skip
+        self.calibration = self._agreed(self._load_calibration)
         yield Progress(stage="calibration", done=1, total=1 + len(self.eval_sources), detail=self.calibration_source)
         self.texts: list[TokenSet] = []
         for source in self.eval_sources:
@@ -217,10 +241,18 @@ class Job:
         self.batch_size = self.config.batch_size or self._choose_batch_size()
         yield clock.finished()
 
-    def _open_journal(self) -> None:
-        """Only jobs that can be started again from a name keep a journal."""
+    def _load_calibration(self) -> TokenSet:
+        assert self.model is not None and self.tokenizer is not None
+        with dispatched(self.model, self.device) if self.calibration_source == "synthetic" else nullcontext():
+            return load_calibration(
+                self.calibration_source, self.tokenizer, num_samples=self.config.num_samples, seq_len=self.seq_len,
+                seed=self.config.seed, model=self.model,
+            )  # fmt: skip
+
+    def _open_journal(self) -> int:
+        """Only jobs that can be started again from a name keep a journal. Returns the batch size of the run."""
         if self.out is None or self.source is None:
-            return
+            return self.batch_size
         self.fingerprint = {
             "revision": self.source.revision,
             "tokens": self.calibration.report.sha256,
@@ -235,6 +267,7 @@ class Job:
         if self.resumed:  # the batch that fits may have changed since; the run's own one is kept
             self.fingerprint["batch_size"] = self.batch_size = self.journal.recorded()["batch_size"]
         self.journal.open(self.fingerprint, resume=self.resume)
+        return self.batch_size
 
     def _measure_dense(self) -> Iterator[Event]:
         clock = self._clock("dense")
@@ -312,13 +345,36 @@ class Job:
         """Take out what goes whole."""
         clock = self._clock("structure")
         assert self.model is not None
-        structuring = Structuring(
-            Setting(self.model, self.stack, self.config, self.calibration.ids_NS, self.batch_size, self.device, self.journal)
-        )
+        structuring = self._structuring()
         yield clock.started(structuring.total, resumed_at=structuring.done)
         self.structure, seconds = yield from self._noted(structuring.run())
+        if self.shared:
+            wait_for_all()  # the others may have files in the work directory
         self.stack = self._probe()
         yield clock.finished(seconds)
+
+    def _structuring(self) -> Structuring:
+        assert self.model is not None
+        directory = self._agreed(lambda: self.journal.directory if self.journal else None)
+        setting = Setting(
+            self.model, self.stack, self.config, self.calibration.ids_NS, self.batch_size, self.device, self.journal,
+            directory if directory and directory.is_dir() else None, self.shared,
+        )  # fmt: skip
+        return Structuring(setting)
+
+    def _follow(self) -> Iterator[Event]:
+        """What one of several processes does that is not the first: choose with it, and wait for its report."""
+        structuring = self._structuring()
+        if not structuring.finished:  # else the first has it from the journal
+            yield from structuring.run()
+        wait_for_all()
+        yield self._finished(None)
+
+    def _finished(self, report: Report | None) -> Finished:
+        """The last event: of all processes the first one's report."""
+        report = self._agreed(lambda: report)
+        assert report is not None
+        return Finished(report=report)
 
     def _refine(self) -> Iterator[Event]:
         """Improve the mask against the loss of the whole model."""
@@ -396,7 +452,7 @@ class Job:
     def _save(self) -> Iterator[Event]:
         clock = self._clock("save")
         if self.out is None:
-            yield Finished(report=self._report(None))
+            yield self._finished(self._report(None))
             return
         yield clock.started(2)
         assert self.model is not None
@@ -419,7 +475,7 @@ class Job:
         yield finished
         if self.journal:
             self.journal.remove()
-        yield Finished(report=report)
+        yield self._finished(report)
 
     def _pack(self, folder: Path) -> Iterator[Event]:
         """Pack what was just written; where nothing gets smaller by it the checkpoint stays dense, with a warning."""

@@ -40,6 +40,7 @@ from llmprune.refining import settings_of
 from llmprune.report import Plan, StagePlan
 from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
 from llmprune.structuring.cost import Cost, Sizes, structure_cost
+from llmprune.structuring.groups import units_of
 from llmprune.structuring.stage import check_structure
 
 _EFFICIENCY = 0.5
@@ -136,8 +137,6 @@ class _Planner:
         return Plan(
             config=config,
             model=description,
-            num_sites=len(self.sites),
-            num_pruned_weights=sum(site.numel for site in self.sites),
             walk=self._walk(batch_size),
             batch_size=batch_size,
             seq_len=self.seq_len,
@@ -154,7 +153,20 @@ class _Planner:
             download_bytes=self.headers.download_bytes,
             seconds=sum(stage.seconds for stage in stages),
             problems=tuple(self._problems(peak_cpu, free_cpu, peak_gpu, free_gpu, disk, free_disk)),
+            **self._modules(model, stack),
         )
+
+    def _modules(self, model: PreTrainedModel, stack: Stack) -> dict[str, Any]:
+        """What pattern structured can take groups from, in place of all sites."""
+        if self.structure != "structured":
+            return {"num_sites": len(self.sites), "num_pruned_weights": total_weights(self.sites)}
+        units = units_of(self.config, model, stack)
+        return {
+            "num_sites": sum(1 + len(module.producers) for module in units.modules),
+            "num_pruned_weights": sum(module.num_groups * module.parameters_per_group for module in units.modules),
+            "num_modules": len(units.modules),
+            "left": units.left,
+        }
 
     def _stages(self, batch_size: int, on_gpu: bool) -> list[StagePlan]:
         """Peaks and seconds of each stage; with an accelerator that holds the model, its share is on the accelerator."""

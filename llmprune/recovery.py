@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -28,6 +27,7 @@ from llmprune.io.text import TokenSet, check_source, load_calibration, load_eval
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.quality import Reference, Scores, as_events, score_text
 from llmprune.measure.quality import against as against_dense
+from llmprune.processes import is_first
 from llmprune.recovery_spec import NO_TEACHER, RecoverConfig
 from llmprune.report import Quality, Recovery, Report
 from llmprune.spec import PACKING_METHOD, PruneConfig, default_seq_len
@@ -263,7 +263,7 @@ class _Recovery:
 
     def _save(self, recovery: Recovery) -> Iterator[Event]:
         """Under ``accelerate launch`` all processes have the same weights, and the first one writes them."""
-        if int(os.environ.get("RANK", 0)) > 0:
+        if not is_first():
             yield Recovered(recovery=recovery)
             return
         begun = time.perf_counter()

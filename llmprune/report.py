@@ -307,7 +307,11 @@ class StagePlan(Part):
 
 
 class Plan(Part):
-    """What a job would do and need, from config.json and the safetensors headers alone."""
+    """What a job would do and need, from config.json and the safetensors headers alone.
+
+    Of pattern structured ``num_modules`` can be pruned and ``left`` says why others cannot, by name; sites are the matrices of
+    these modules, and weights what can go from them.
+    """
 
     config: PruneConfig
     model: ModelReport
@@ -329,6 +333,8 @@ class Plan(Part):
     download_bytes: int
     seconds: float
     problems: tuple[str, ...] = ()
+    num_modules: int | None = None
+    left: dict[str, str] = {}
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -72,7 +72,8 @@ class StructureReport(Part):
     """What a structured method took out, what the model is now, and what the search cost.
 
     ``num_removable`` are the parameters of everything that could be taken out, ``num_removed`` those that were. ``left`` says
-    why modules stayed whole. ``stock`` says that the checkpoint is one of its class in transformers; else it brings its own
+    why modules stayed whole. ``group_seconds`` are what one group adds to a request, as measured for a budget of latency, the
+    mean of its kind's modules. ``stock`` says that the checkpoint is one of its class in transformers; else it brings its own
     modelling code.
     """
 
@@ -93,6 +94,7 @@ class StructureReport(Part):
     front: tuple[FrontPoint, ...] = ()
     iterations: tuple[IterationReport, ...] = ()
     settled: bool | None = None
+    group_seconds: dict[Unit, float] = {}
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -105,3 +107,11 @@ class StructureReport(Part):
     def sparsity_of_model(self) -> float:
         """Share of all parameters that are gone."""
         return 1 - self.num_parameters / self.num_parameters_dense
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity_of_seconds(self) -> float | None:
+        """Share that is gone of the seconds of all groups, by what one was measured to add; None where none was."""
+        seconds = [(self.group_seconds.get(module.unit, 0.0), module) for module in self.modules]
+        total = sum(each * module.num_groups for each, module in seconds)
+        return sum(each * (module.num_groups - module.num_kept) for each, module in seconds) / total if total else None

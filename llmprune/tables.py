@@ -18,7 +18,13 @@ from llmprune.report import Conversion, Evaluation, Fetched, Inspection, Plan, S
 def print_plan(plan: Plan, console: Console) -> None:
     """What will be pruned, what it needs, what there is."""
     facts = _facts(f"Plan for {printable(plan.model.name)}")
-    facts.add_row("Pruned", f"{count(plan.num_pruned_weights)} weights, {plan.num_sites} sites, {plan.model.num_blocks} blocks")
+    parts = f"{plan.num_sites} sites"
+    if plan.num_modules is not None:
+        parts = f"{plan.num_sites} matrices of {plan.num_modules} modules"
+    facts.add_row("Pruned", f"{count(plan.num_pruned_weights)} weights, {parts}, {plan.model.num_blocks} blocks")
+    if plan.left:
+        name, why = next(iter(plan.left.items()))
+        facts.add_row("Left whole", printable(f"{len(plan.left)} modules, e.g. {name}: {why}"))
     facts.add_row("Walk", f"{plan.walk}, {plan.batch_size} sequences of {plan.seq_len} tokens per forward")
     facts.add_row("Tokens", f"{count(plan.calibration_tokens)} calibration, about {count(plan.evaluation_tokens)} evaluation")
     facts.add_row("Device", plan.device)

@@ -25,7 +25,7 @@ from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.devices import free_bytes, module_device, placed
 from llmprune.engines.draws import Part, draw, narrowed, whole
 from llmprune.engines.evolution import Variants
-from llmprune.engines.processes import spread
+from llmprune.processes import spread
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that the hidden states of candidates may take; beyond it they are measured in turn."""

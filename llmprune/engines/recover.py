@@ -14,7 +14,6 @@ N sequences of one batch, S sequence, V vocabulary, R rows of logits.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from transformers import PreTrainedModel
 from llmprune.anatomy.blocks import Stack
 from llmprune.engines.adapters import add_adapters_
 from llmprune.errors import ConfigError, NonFiniteError, UnsupportedModel
+from llmprune.processes import several
 from llmprune.recovery_spec import RecoverConfig
 from llmprune.report import RecoveryPoint
 
@@ -100,7 +100,7 @@ def make_accelerator(device: torch.device, dtype: torch.dtype, config: RecoverCo
         dtype: of the weights as they are stored. ``full`` trains in fp32 and computes in this one; ``lora`` computes with the
             weights as they are, and fp16 has its loss scaled.
     """
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    distributed = several()
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     if device.type == "cpu" and precision == "fp16":  # accelerate has no CPU kernels for it
         precision = "no"

@@ -21,7 +21,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmprune.io.course import Course, recovery_line, refinement_line
-from llmprune.io.structure_text import front_course, removed_units, search_course, search_line, structure_line, widths_of
+from llmprune.io.structure_text import (
+    front_course,
+    latency_line,
+    removed_units,
+    search_course,
+    search_line,
+    structure_line,
+    widths_of,
+)
 from llmprune.report import Benchmark, BlockReport, Latency, Quality, Report, SiteReport, Speed, Verdict
 from llmprune.spec import Pattern, PruneConfig
 from llmprune.speed import overlap, point_of
@@ -411,6 +419,7 @@ def _structure_parts(report: Report) -> dict[str, Any]:
     return {
         "structure_line": structure_line(structure, report.model.num_blocks),
         "search_line": search_line(structure),
+        "latency_line": latency_line(structure),
         "search_course": search_course(structure),
         "front_course": front_course(structure),
         "width_units": units,

@@ -72,6 +72,14 @@ def search_line(structure: StructureReport) -> str | None:
     )
 
 
+def latency_line(structure: StructureReport) -> str | None:
+    """What a group was measured to take, and the share of all groups' seconds that went; None where nothing was timed."""
+    if not structure.group_seconds or structure.sparsity_of_seconds is None:
+        return None
+    each = ", ".join(f"{1e6 * seconds:,.2f} µs a {unit}" for unit, seconds in structure.group_seconds.items())
+    return f"Measured: {each} in one request; {100 * structure.sparsity_of_seconds:.2f} % of all groups' time taken out"
+
+
 @dataclass(frozen=True)
 class Widths:
     """One block's modules by unit, None where it has no such module."""

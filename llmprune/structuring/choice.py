@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ from llmprune.io.journal import Journal
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.quality import replay_tail
 from llmprune.patterns import Structure
+from llmprune.processes import first_says
 from llmprune.spec import PruneConfig
 from llmprune.walking import record_batches
+
+A = TypeVar("A")
 
 STATE = "structure"
 CHUNK_TOKENS = 2048
@@ -39,6 +42,8 @@ class Setting:
         ids_NS: the calibration tokens, all sequences.
         batch_size: of them per forward.
         journal: where a search is recorded from time to time, and found again; None keeps nothing.
+        directory: where what does not fit in memory goes; None for the system's own place.
+        shared: whether several processes do this job, of which the first alone has a journal.
     """
 
     model: PreTrainedModel
@@ -48,18 +53,22 @@ class Setting:
     batch_size: int
     device: torch.device
     journal: Journal | None = None
+    directory: Path | None = None
+    shared: bool = False
 
-    @property
-    def directory(self) -> Path | None:
-        """Where what does not fit in memory goes; None for the system's own place."""
-        return self.journal.directory if self.journal else None
+    def agreed(self, work: Callable[[], A]) -> A:
+        """What ``work()`` returns in this process, or in the first of those that do this job: all have to call this."""
+        return first_says(work) if self.shared else work()
 
     def record(self, batches: Sequence[Tensor] | None = None) -> Recording:
         """Every block's arguments on these batches [N, S], or on those of all calibration sequences."""
         return record_batches(self.model, self.stack, batches or self.ids_NS.split(self.batch_size), self.device)
 
-    def recorded(self) -> Mapping[str, Any] | None:
-        """The newest state of a search that an earlier process left."""
+    def recorded(self) -> dict[str, Any] | None:
+        """The newest state of a search that an earlier run left."""
+        return self.agreed(self._newest)
+
+    def _newest(self) -> dict[str, Any] | None:
         name = self.journal.latest(STATE) if self.journal else None
         return self.journal.read(name, []) if self.journal and name else None
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
+from statistics import fmean
 from typing import Any, Literal
 
 from torch import Tensor
@@ -46,8 +48,8 @@ class Groups:
         setting, config = self.setting, self.setting.config
         self.units = units_of(config, setting.model, setting.stack)
         self.modules = list(self.units.modules)
-        self.warnings: list[str] = []
-        self.widths = widths_of(config, setting.model, self.modules)
+        message = left_message(self.units, not_understood(config, setting.model, setting.stack))
+        self.warnings = [message] if message else []
         self.state = setting.recorded() or {"done": 0, "seconds": 0.0}
 
     @staticmethod
@@ -59,6 +61,17 @@ class Groups:
             check_share(config, units)
         else:  # whose fields may say those of modules that are left whole, too
             uniform_fields(model, units.modules, {module.name: widths[0].kept(module) for module in units.modules})
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How much goes."""
+        name = self.setting.config.budget
+        return Budget.of(self.modules, self.setting.config.sparsity, name, self._costs() if name == "latency" else None)
+
+    @cached_property
+    def widths(self) -> list[Widths] | None:
+        """The pairs of widths to choose from, where all layers are to be alike."""
+        return widths_of(self.setting.config, self.setting.model, self.modules, self.budget)
 
     @property
     def total(self) -> int:
@@ -111,7 +124,7 @@ class Groups:
         try:
             return uniform_fields(self.setting.model, self.modules, kept)
         except UnsupportedModel:
-            if self.widths:
+            if self.setting.config.widths == "uniform":
                 raise
             return None
 
@@ -122,7 +135,7 @@ class Groups:
             try:
                 describe_(model, self.modules, fields)
             except UnsupportedModel:
-                if self.widths:
+                if self.setting.config.widths == "uniform":
                     raise
             else:
                 return True
@@ -156,7 +169,7 @@ class Groups:
         setting, config = self.setting, self.setting.config
         texts = search_texts(setting.ids_NS, max_search_tokens(config))
         return Tyr(
-            setting.stack, self.modules, self._budget(), setting.record(), setting.record(texts), setting.device,
+            setting.stack, self.modules, self.budget, setting.record(), setting.record(texts), setting.device,
             head_of(setting.model, setting.stack, texts, setting.device), settings_of(config), self.widths,
             setting.directory,
         )  # fmt: skip
@@ -169,7 +182,8 @@ class Groups:
         for step in tyr.run():
             if step.phase == "search":
                 seconds = before + time.perf_counter() - begun
-                setting.keep(step.done, {"done": step.done, "seconds": seconds, "search": tyr.snapshot()})
+                state = {**self.state, "done": step.done, "seconds": seconds, "search": tyr.snapshot()}
+                setting.keep(step.done, state)
             yield Progress(stage="structure", done=step.done, total=step.total, detail=detail_of(step))
         taken = next((one for one in self.widths or () if one.removed(self.modules) == tyr.counts), None)
         if taken:
@@ -186,6 +200,7 @@ class Groups:
                 for point in tyr.front
             ],
             "settled": None if tyr.settled is None else tyr.settled <= tyr.divergence,
+            "group_seconds": self._group_seconds(),
         }
         return tyr.cuts, report
 
@@ -194,13 +209,25 @@ class Groups:
         if message := shortfall(taken, self.modules, self.setting.config.sparsity):
             self.warnings.append(message)
 
-    def _budget(self) -> Budget:
-        setting, name = self.setting, self.setting.config.budget
-        costs = None
-        if name == "latency":
-            with dispatched(setting.model, setting.device):
-                costs = seconds_per_group(setting.model, self.modules)
-        return Budget.of(self.modules, setting.config.sparsity, name, costs)
+    def _costs(self) -> dict[str, float]:
+        """Seconds of a group by module: measured once for a run, as another measurement would be another budget."""
+        if "costs" not in self.state:
+            self.state = {**self.state, "costs": self.setting.agreed(self._measure_costs)}
+            self.setting.keep(0, self.state)
+        known: dict[str, float] = self.state["costs"]
+        return known
+
+    def _measure_costs(self) -> dict[str, float]:
+        with dispatched(self.setting.model, self.setting.device):
+            return seconds_per_group(self.setting.model, self.modules)
+
+    def _group_seconds(self) -> dict[Unit, float]:
+        """The mean of each kind's modules; empty where nothing was timed."""
+        costs = self.state.get("costs", {})
+        own: dict[Unit, list[float]] = {}
+        for module in self.modules if costs else ():
+            own.setdefault(unit_of(module), []).append(costs[module.name])
+        return {unit: fmean(seconds) for unit, seconds in own.items()}
 
 
 def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units:
@@ -211,12 +238,36 @@ def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units
     """
     units = select_units(find_units(model, stack), config.skip)
     if not units.modules:
-        raise UnsupportedModel(f"nothing to take out: all modules are left whole by --skip, e.g. {next(iter(units.left))}.")
+        name, why = next(iter(units.left.items()))
+        raise UnsupportedModel(
+            f"nothing to take out: all {len(units.left)} modules are left whole, by --skip or as they are not understood, e.g. "
+            f"{name}: {why}."
+        )
     return units
 
 
-def widths_of(config: PruneConfig, model: PreTrainedModel, modules: Sequence[Module]) -> list[Widths] | None:
-    """The pairs of widths that every layer may have alike; None where layers may differ.
+def not_understood(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> dict[str, str]:
+    """Why modules are left whole that no glob of ``--skip`` names, by name."""
+    left = find_units(model, stack).left
+    return {name: why for name, why in left.items() if not any(fnmatchcase(name, glob) for glob in config.skip)}
+
+
+def left_message(units: Units, others: Mapping[str, str]) -> str | None:
+    """What to tell of modules that are left whole though nobody asked for it; None where there are none."""
+    if not others:
+        return None
+    kinds = {module.kind for module in units.modules}
+    only = "only FFNs are sliced, no attention: " if "ffn" in kinds else "only attention is sliced, no FFN: "
+    number = "1 module is" if len(others) == 1 else f"{len(others)} modules are"
+    name, why = next(iter(others.items()))
+    return f"{only if len(kinds) == 1 else ''}{number} left whole, e.g. {name}: {why}."
+
+
+def widths_of(
+    config: PruneConfig, model: PreTrainedModel, modules: Sequence[Module], budget: Budget | None = None
+) -> list[Widths] | None:
+    """The pairs of widths that every layer may have alike; None where layers may differ. Without a ``budget`` one of latency is
+    taken for one of parameters: seconds are not known without the weights.
 
     Raises:
         UnsupportedModel: layers differ already, or the config has no field for their widths.
@@ -230,8 +281,7 @@ def widths_of(config: PruneConfig, model: PreTrainedModel, modules: Sequence[Mod
         )
     attention = next((module for module in modules if module.kind == "attention"), None)
     counts = uniform_counts(model, attention) if attention else ()
-    name = "parameters" if config.budget == "latency" else config.budget
-    return uniform_widths(Budget.of(modules, config.sparsity, name), counts)
+    return uniform_widths(budget or budget_of_shapes(config, modules), counts)
 
 
 def check_share(config: PruneConfig, units: Units) -> None:
@@ -280,11 +330,15 @@ def cuts_of(tensors: Mapping[str, Tensor]) -> dict[str, Cut]:
     return {name: Cut(**own) for name, own in parts.items()}
 
 
+def unit_of(module: Module) -> Unit:
+    """What one of its groups is."""
+    return "channel" if module.kind == "ffn" else "query head" if module.multi_query else "kv group"
+
+
 def report_of(module: Module, num_kept: int) -> ModuleReport:
     """What the report says of a module before it is sliced."""
-    unit: Unit = "channel" if module.kind == "ffn" else "query head" if module.multi_query else "kv group"
     return ModuleReport(
-        name=module.name, block=module.block, unit=unit, num_groups=module.num_groups, num_kept=num_kept,
+        name=module.name, block=module.block, unit=unit_of(module), num_groups=module.num_groups, num_kept=num_kept,
         parameters_per_group=module.parameters_per_group,
     )  # fmt: skip
 

@@ -56,7 +56,8 @@ class Structuring:
         structure = Pattern.parse(self.setting.config.pattern).structure
         assert structure
         self.chooser: Chooser = _CHOOSERS[structure](self.setting)
-        self.finished = bool(self.setting.journal and self.setting.journal.has(RECORD))
+        journal = self.setting.journal
+        self.finished = self.setting.agreed(lambda: bool(journal and journal.has(RECORD)))
 
     @property
     def total(self) -> int:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import llmprune
 import tiny
-from forked import PROCESSES
+from forked import Moment, at, run
 from llmprune.errors import JournalError, OutputError, ResumeRefused
 from llmprune.events import (
     BlockFinished,
@@ -43,8 +40,6 @@ from llmprune.report import BlockReport, Report
 NUM_BLOCKS = 4
 OWN_FILES = {"report.json", "report.html", "llmprune.json"}
 """Files that state times, and so differ from run to run."""
-
-Moment = Callable[[Event], bool]
 
 
 @pytest.fixture(scope="module")
@@ -80,43 +75,6 @@ def arguments(model_dir: Path, texts: dict[str, Any], out: Path, method: str, *m
         texts["eval"], "--num-samples", "4", "--seq-len", "32", "--max-eval-tokens", "512", "--no-latency",
         "--events", str(out.parent / "events.jsonl"), "--resume", *more,
     ]  # fmt: skip
-
-
-def command(argv: list[str]) -> None:
-    """What a process of this file's runs."""
-    from llmprune.cli import main
-
-    gc.freeze()
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    sys.argv = ["llmprune", *argv]
-    main()
-
-
-def run(argv: list[str], until: Moment | None = None, *, delay: float = 0) -> tuple[int, list[Event]]:
-    """Run a job in a process, SIGKILLed ``delay`` seconds after the event that ``until`` knows: exit code and events."""
-    log = Path(argv[argv.index("--events") + 1])
-    log.unlink(missing_ok=True)
-    log.touch()
-    process = PROCESSES.Process(target=command, args=(argv,))
-    process.start()
-    if until:
-        with log.open() as stream:
-            line = ""
-            while process.is_alive() and not (line.endswith("\n") and until(parse_event(line))):
-                line = ("" if line.endswith("\n") else line) + stream.readline()
-                time.sleep(0 if line.endswith("\n") else 0.002)
-        time.sleep(delay)
-        process.kill()
-    process.join(60)
-    assert process.exitcode is not None
-    return process.exitcode, [parse_event(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def at(kind: type, **fields: Any) -> Moment:
-    """The moment of an event of this kind with these fields."""
-    return lambda event: isinstance(event, kind) and all(getattr(event, name) == value for name, value in fields.items())
 
 
 def resumed_at(events: list[Event], stage: str) -> int:

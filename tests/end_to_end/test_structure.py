@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
 import tiny
+from families import tiny_model
+from forked import run
 from llmprune.errors import ConfigError, UnsupportedModel
-from llmprune.events import Event, Finished, Progress
+from llmprune.events import Event, Finished, Progress, StageStarted
+from llmprune.io import journal
+from llmprune.io.journal import Journal
 from llmprune.report import Report
 from llmprune.spec import Pattern
+from llmprune.structured.units import Module
+from llmprune.structuring import groups
 
 TYR: dict[str, Any] = {"method": "tyr", "tyr_iterations": 2, "tyr_generations": 2, "tyr_offspring": 4}
 IDS = torch.arange(24).view(2, 12) % tiny.VOCAB_SIZE
@@ -39,6 +48,16 @@ def pruned(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tup
     """A model with widths of its own for every layer, and its report."""
     out = tmp_path_factory.mktemp("out") / "free"
     return llmprune.prune(**job, **TYR, budget="parameters", sparsity=0.3, out=out), out
+
+
+@pytest.fixture(scope="module")
+def whole(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, bytes]:
+    """An uninterrupted search: its report, and the weights it wrote."""
+    out = tmp_path_factory.mktemp("out") / "whole"
+    begun = time.perf_counter()
+    report = llmprune.prune(**job, **TYR, sparsity=0.25, out=out)
+    assert 0 < report.seconds < time.perf_counter() - begun
+    return report, (out / "model.safetensors").read_bytes()
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:
@@ -155,12 +174,10 @@ def test_experts_go_whole(method: str, moe_model_dir: Path, job: dict[str, Any],
     assert report.sparsity == 0.25
 
 
-def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_search_goes_on_to_the_same_bytes(whole: tuple[Report, bytes], job: dict[str, Any], tmp_path: Path) -> None:
     """Stopped at every generation in turn, and after the choice: the checkpoint is the uninterrupted run's."""
     options = {**job, **TYR, "sparsity": 0.25}
-    begun = time.perf_counter()
-    whole = llmprune.prune(**options, out=tmp_path / "whole")
-    assert 0 < whole.seconds < time.perf_counter() - begun
+    uninterrupted, weights = whole
 
     def run(stop: Callable[[Event], bool], out: Path) -> Report | None:
         events = llmprune.prune_iter(**options, out=out, resume=True)
@@ -187,14 +204,103 @@ def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_pat
         if report:
             break
     assert report is not None and report.resumed and len(seen) >= 3
-    assert report.structure is not None and whole.structure is not None
-    assert [one.curve for one in report.structure.iterations] == [one.curve for one in whole.structure.iterations]
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert report.structure is not None and uninterrupted.structure is not None
+    assert [one.curve for one in report.structure.iterations] == [one.curve for one in uninterrupted.structure.iterations]
+    assert (out / "model.safetensors").read_bytes() == weights
     late = tmp_path / "late"
     assert run(lambda event: isinstance(event, Progress) and event.stage == "pruned", late) is None
     assert (tmp_path / "late.work" / "structured").is_dir()
     assert run(lambda _: False, late) is not None
-    assert (late / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (late / "model.safetensors").read_bytes() == weights
+
+
+def _die_writing() -> None:
+    """SIGKILL this process when the second state of a search is written and not yet in its place."""
+    sync = journal.sync_directory
+
+    def stop(directory: Path) -> None:
+        if directory.name.startswith(".tmp-structure-") and any(directory.parent.glob("structure-*")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(directory)
+
+    journal.sync_directory = stop
+
+
+def _die_tidying() -> None:
+    """SIGKILL this process when the second state of a search is in its place and the first one is still there."""
+    sync = journal.sync_directory
+
+    def stop(directory: Path) -> None:
+        sync(directory)
+        if len(list(directory.glob("structure-*"))) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.sync_directory = stop
+
+
+@pytest.mark.parametrize("die", [None, _die_writing, _die_tidying], ids=["generation", "write", "tidy"])
+def test_a_killed_search_goes_on_to_the_same_bytes(
+    die: Callable[[], None] | None, whole: tuple[Report, bytes], job: dict[str, Any], tmp_path: Path
+) -> None:
+    """A process of the command line, SIGKILLed at a generation of the search and while its state is written, and resumed."""
+    _, weights = whole
+    out, work = tmp_path / "out", Journal(tmp_path / "out.work")
+    options = {**{name: value for name, value in job.items() if name not in ("model", "latency")}, **TYR, "sparsity": 0.25}
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    events = ["--events", str(tmp_path / "events.jsonl")]
+    argv = ["prune", job["model"], "--out", str(out), "--no-latency", "--resume", *given, *events]
+    rng = random.Random(2)
+    number, delay = rng.randrange(1, 4), rng.choice([0, 0.002])
+
+    def generation(event: Event) -> bool:
+        nonlocal number
+        number -= isinstance(event, Progress) and event.stage == "structure" and event.detail.startswith("search")
+        return number == 0
+
+    code, _ = run(argv, None if die else generation, delay=delay, before=die)
+    assert code == -signal.SIGKILL and not out.exists() and not work.has("structured")
+    states = sorted(folder.name for folder in work.directory.glob("structure-*"))
+    assert len(states) == (2 if die is _die_tidying else 1)
+    assert bool(list(work.directory.glob(".tmp-structure-*"))) == (die is _die_writing) or die is None
+    before = work.read(states[-1], [])
+    code, seen = run(argv)
+    assert code == 0 and isinstance(seen[-1], Finished) and seen[-1].report.resumed
+    (begun,) = [event for event in seen if isinstance(event, StageStarted) and event.stage == "structure"]
+    assert begun.resumed_at == before["done"] > 0
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "out"]
+
+
+@pytest.mark.parametrize("widths", ["free", "uniform"])
+def test_a_budget_of_seconds(widths: str, job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is in the report and on its page, the share of it is gone, and a resumed run does not measure again."""
+    measured: list[dict[str, float]] = []
+    measure = groups.seconds_per_group
+
+    def count(model: PreTrainedModel, modules: Sequence[Module]) -> dict[str, float]:
+        measured.append(measure(model, modules, prompt_tokens=16, repeats=3, seconds=0.02))
+        return measured[-1]
+
+    monkeypatch.setattr(groups, "seconds_per_group", count)
+    options = {**job, **TYR, "widths": widths, "budget": "latency", "sparsity": 0.3, "out": tmp_path / "out"}
+    events = llmprune.prune_iter(**options)
+    assert any(isinstance(event, Progress) and event.stage == "structure" for event in events)
+    events.close()  # type: ignore[attr-defined]
+    (costs,) = measured
+    name = Journal(tmp_path / "out.work").latest("structure")
+    assert name == "structure-000000" and Journal(tmp_path / "out.work").read(name, [])["costs"] == costs
+    report = llmprune.prune(**options, resume=True)
+    structure = report.structure
+    assert len(measured) == 1 and report.resumed and structure is not None
+    for unit, part in (("kv group", "self_attn"), ("channel", "mlp")):
+        own = [seconds for module, seconds in costs.items() if module.endswith(part)]
+        assert structure.group_seconds[unit] == pytest.approx(sum(own) / 4) and min(own) > 0  # type: ignore[index]
+    gone = sum(costs[module.name] * (module.num_groups - module.num_kept) for module in structure.modules)
+    total = sum(costs[module.name] * module.num_groups for module in structure.modules)
+    # Seconds are rounded to a thousandth of the cheapest group.
+    assert gone / total == pytest.approx(structure.sparsity_of_seconds) and 0.299 < gone / total < 1
+    assert llmprune.load(tmp_path / "out").num_parameters() == structure.num_parameters < structure.num_parameters_dense
+    assert "all groups&#39; time taken out" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_model_in_memory_gets_smaller_in_place(job: dict[str, Any]) -> None:
@@ -219,6 +325,43 @@ def test_plan_knows_what_a_search_takes(asked: dict[str, Any], job: dict[str, An
         assert more.seconds > stage.seconds
 
 
+def test_plan_counts_modules(job: dict[str, Any], cli: Callable[..., Any]) -> None:
+    """Of structured pruning what can go from the modules; what is skipped is left whole."""
+    options = {name: value for name, value in job.items() if name != "latency"}
+    plan = llmprune.plan(**options, pattern="structured", method="magnitude", skip=("*.0.self_attn.*",))
+    model = llmprune.load(job["model"])
+    names = [
+        name for name, _ in model.named_parameters() if "_proj" in name and not name.startswith("model.layers.0.self_attn")
+    ]
+    assert (plan.num_modules, plan.num_sites, list(plan.left)) == (7, len(names), ["model.layers.0.self_attn"])
+    assert plan.num_pruned_weights == sum(model.get_parameter(name).numel() for name in names)
+    shown = cli("plan", job["model"], "--pattern", "structured", "--calibration", job["calibration"], "--no-eval").out
+    assert "28 matrices of 8 modules" in shown and "Left whole" not in shown
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words", "left"),
+    [
+        ("olmo2", "only FFNs are sliced, no attention: 2 modules are left whole, e.g. model.layers.0.self_attn: ", "self_attn"),
+        ("mixtral", "only attention is sliced, no FFN: 2 modules are left whole, e.g. model.layers.0.", "mlp"),
+    ],
+    ids=["attention", "ffn"],
+)
+def test_what_is_left_whole_is_told(
+    model_type: str, words: str, left: str, job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """One warning with the number and a reason, by the job and in the plan; none of what --skip names."""
+    folder = tiny.save(tiny_model(model_type), tmp_path / "model")
+    options = {**job, "model": str(folder), "method": "magnitude", "pattern": "structured", "sparsity": 0.25, "eval": ()}
+    report = llmprune.prune(**options)
+    (warning,) = [message for message in report.warnings if "left whole" in message]
+    assert warning.startswith(words) and report.structure is not None and len(report.structure.left) == 2
+    plan = cli("plan", folder, "--pattern", "structured", "--calibration", job["calibration"], "--no-eval")
+    assert "Left whole" in plan.out and "2 modules, e.g. model.layers.0" in plan.out
+    skipped = llmprune.prune(**options, skip=(f"*.{left}",))
+    assert not any("left whole" in message for message in skipped.warnings)
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "words"),
     [
@@ -230,7 +373,7 @@ def test_plan_knows_what_a_search_takes(asked: dict[str, Any], job: dict[str, An
             ("layers.0", "--widths free"),
         ),
         ({"method": "flap", "sparsity": 0.99}, ConfigError, ("0.99",)),
-        ({"method": "tyr", "skip": ("*",)}, UnsupportedModel, ("--skip",)),
+        ({"method": "tyr", "skip": ("*",)}, UnsupportedModel, ("--skip", "all 8 modules")),
         ({"pattern": "blocks", "sparsity": 0.05}, ConfigError, ("0.05", "4 blocks", "1 to 3")),
         ({"pattern": "blocks", "sparsity": 0.95}, ConfigError, ("0.95", "1 to 3")),
         ({"pattern": "experts"}, UnsupportedModel, ("no experts",)),

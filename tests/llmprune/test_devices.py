@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
 from families import tiny_model
+from llmprune import devices
 from llmprune.anatomy.blocks import find_stack
-from llmprune.devices import PeakMemory, free_bytes, pick_device, placed
+from llmprune.devices import PeakMemory, free_bytes, own_device, pick_device, placed
 from llmprune.errors import ConfigError
 from llmprune.measure.dispatch import dispatched, spread
 from llmprune.memory import block_activation_bytes, choose_batch_size, solve_bytes
@@ -109,3 +113,27 @@ def test_peak_memory_is_that_of_its_stage() -> None:
     assert held - idle > 200 * 2**20
     if second._resettable:
         assert second.cpu_bytes < held - 200 * 2**20
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them may take half each; one alone takes all, whatever a launcher left behind."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(devices, "_cgroup_free", lambda: [2000])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_bytes(CPU) == 1000
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert free_bytes(CPU) == 500
+
+
+def test_several_processes_take_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by number is refused, and more processes than accelerators."""
+    accelerator = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="a device each, got device 'cuda:1'. Use --device cuda"):
+        own_device("cuda:1")
+    with pytest.raises(ConfigError, match="3 processes need a device each, and this machine has 2"):
+        own_device("auto")

@@ -11,7 +11,15 @@ from rich.console import Console
 from llmprune.console import print_report
 from llmprune.errors import ConfigError
 from llmprune.io.render import command_line, recipe, render_card, render_html
-from llmprune.io.structure_text import front_course, removed_units, search_course, search_line, structure_line, widths_of
+from llmprune.io.structure_text import (
+    front_course,
+    latency_line,
+    removed_units,
+    search_course,
+    search_line,
+    structure_line,
+    widths_of,
+)
 from llmprune.methods import METHODS, STRUCTURAL, method_of
 from llmprune.patterns import STRUCTURE_METHODS
 from llmprune.report import Report, StructureReport
@@ -137,6 +145,20 @@ def test_search_is_told_in_a_line_and_two_curves() -> None:
     assert course is not None and (course.high, course.low, course.end) == (0.5, 0.4, 6)
     assert front is not None and (front.high, front.low, front.end) == (0.2, 0.0, 1000)
     assert search_line(_structure()) is None and search_course(_structure()) is None and front_course(_structure()) is None
+
+
+def test_a_budget_of_seconds_is_told() -> None:
+    """5 of 8 kv groups of 4 ms and 50 of 200 channels of 0.02 ms are 21 of 36 ms; nothing without a measurement."""
+    structure = _structure(group_seconds={"kv group": 0.004, "channel": 0.00002})
+    assert structure.sparsity_of_seconds == pytest.approx(21 / 36) and _structure().sparsity_of_seconds is None
+    line = latency_line(structure)
+    assert line == "Measured: 4,000.00 µs a kv group, 20.00 µs a channel in one request; 58.33 % of all groups' time taken out"
+    assert latency_line(_structure()) is None
+    report = sample_report(structure=structure, blocks=(), num_blocks=2)
+    console = Console(file=StringIO(), width=200)
+    print_report(report, console)
+    assert line in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "20.00 µs a channel in one request" in render_html(report)
 
 
 @pytest.mark.parametrize("stock", [True, False])
