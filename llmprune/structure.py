@@ -71,10 +71,10 @@ class BlockChoice(Part):
 class StructureReport(Part):
     """What a structured method took out, what the model is now, and what the search cost.
 
-    ``num_removable`` are the parameters of everything that could be taken out, ``num_removed`` those that were. ``left`` says
-    why modules stayed whole. ``group_seconds`` are what one group adds to a request, as measured for a budget of latency, the
-    mean of its kind's modules. ``stock`` says that the checkpoint is one of its class in transformers; else it brings its own
-    modelling code.
+    ``num_removable`` are the parameters of everything that could be taken out, ``num_removed`` those that were;
+    ``num_parameters`` counts biases that FLAP adds, too. ``left`` says why modules stayed whole. ``group_seconds`` are what one
+    group adds to a request, as measured for a budget of latency, the mean of its kind's modules. ``stock`` says that the
+    checkpoint is one of its class in transformers; else it brings its own modelling code.
     """
 
     structure: Structure

@@ -30,8 +30,6 @@ from llmprune.structured.levels import chunk_of
 from llmprune.structured.path import Criterion, Level, columns_of, expectation, nested_path
 from llmprune.structured.units import Module
 
-DAMPING = 0.01
-
 
 @dataclass(frozen=True)
 class Rack:
@@ -61,12 +59,14 @@ class Supernet(Variants[Rack]):
 
     Attributes:
         criterion: what a group is worth.
+        damping: share of the Gram matrix's mean diagonal that is added to it.
         sequential: each module of a block is pruned on inputs that those before it in the block have left, by a forward of the
             block for each; else all of them on one forward of the dense block, as in the released code.
         losses: of every module, the loss of each level over what the dense module puts out, 0 to about 1; known once filled.
     """
 
     criterion: Criterion = "obs+|g|"
+    damping: float = 0.01
     sequential: bool = False
 
     def __post_init__(self) -> None:
@@ -117,9 +117,11 @@ class Supernet(Variants[Rack]):
         module = rack.module
         weight_OI = module.consumer.weight_OI
         try:
-            levels, whole = module_levels(weight_OI, stats, module, rack.counts, self.criterion)
-        except (FactorizationError, NonFiniteError) as error:
-            raise type(error)(f"{module.consumer.name}: {error}") from None
+            levels, whole = module_levels(weight_OI, stats, module, rack.counts, self.criterion, damping=self.damping)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{module.consumer.name}: {error}") from None
+        except FactorizationError as error:
+            raise FactorizationError(f"{module.consumer.name}: {error} Raise --damping, or use --dtype float32.") from None
         shelf.put(number, 0, None, [weight_OI])
         for rung, (level, count) in enumerate(zip(levels, rack.counts, strict=True)):
             shelf.put(number, 0, rung, [level.kept_G.int(), *([level.weight_OK] if count else [])])
@@ -152,11 +154,17 @@ def racks_of(modules: Sequence[Module], counts: Sequence[Sequence[int]]) -> list
 
 
 def module_levels(
-    weight_OI: Tensor, stats: LinearStats, module: Module, counts: Sequence[int], criterion: Criterion = "obs+|g|"
+    weight_OI: Tensor,
+    stats: LinearStats,
+    module: Module,
+    counts: Sequence[int],
+    criterion: Criterion = "obs+|g|",
+    *,
+    damping: float = 0.01,
 ) -> tuple[list[Level], float]:
     """The levels of one module, and the loss of removing everything.
 
-    The Gram matrix is the mean over tokens, damped by a hundredth of its mean diagonal. Inputs that were never active are worth
+    The Gram matrix is the mean over tokens, damped by this share of its mean diagonal. Inputs that were never active are worth
     nothing, so a group of none but them goes first; where one stays, so do its weights. Level 0 is the weight, bit for bit.
 
     Raises:
@@ -166,7 +174,7 @@ def module_levels(
     assert stats.gram_II is not None
     if not bool(torch.isfinite(stats.sq_I).all()):
         raise NonFiniteError("the calibration activations overflow fp32. Use --dtype float32 or bfloat16.")
-    hessian_II, _ = damped(stats.gram_II / max(stats.num_tokens, 1), DAMPING)
+    hessian_II, _ = damped(stats.gram_II / max(stats.num_tokens, 1), damping)
     weight_OI = weight_OI.to(hessian_II.device)
     dead_I = (stats.sq_I == 0).to(hessian_II.device)
     levels = nested_path(

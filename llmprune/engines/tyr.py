@@ -297,7 +297,10 @@ class Tyr:
     def _supernet(self, racks: list[Rack], *, sequential: bool = False) -> Iterator[Supernet]:
         """To be filled; the model is dense when this ends."""
         with scratch(level_bytes(racks), self.directory, owner="the supernet", remedy="") as directory:
-            supernet = Supernet(self.stack, racks, directory, sequential=sequential or self.settings.sequential)
+            supernet = Supernet(
+                self.stack, racks, directory, damping=self.settings.damping,
+                sequential=sequential or self.settings.sequential,
+            )  # fmt: skip
             try:
                 yield supernet
             finally:  # closing the generator too

@@ -34,6 +34,7 @@ class TyrSettings:
         settle: the result is pruned once more, every module on what those before it leave, and kept where it diverges less;
             off, as on the demo model it gained a ten-thousandth of a nat once in six runs and nothing in the others.
         hidden_weight: of the hidden states' term of the divergence.
+        damping: share of the Gram matrix's mean diagonal that is added to it.
         sequential: whether a module of a supernet sees what those before it in its block leave.
     """
 
@@ -46,6 +47,7 @@ class TyrSettings:
     curve_tokens: int = 2048
     settle: bool = False
     hidden_weight: float = 0.0
+    damping: float = 0.01
     sequential: bool = False
     seed: int = 0
 

@@ -50,6 +50,23 @@ def magnitude_worth(module: Module) -> Tensor:
     return worth_G
 
 
+def parameters_that_go(modules: Sequence[Module], sparsity: float) -> int:
+    """How many parameters this share of the modules' is, rounded up.
+
+    Raises:
+        ConfigError: it cannot go where every module keeps a group.
+    """
+    total = sum(module.parameters_per_group * module.num_groups for module in modules)
+    spare = total - sum(module.parameters_per_group for module in modules)
+    needed = ceil(Fraction(repr(float(sparsity))) * total)  # repr: 0.3 means three tenths, not the float a little below them
+    if needed > spare:
+        raise ConfigError(
+            f"a sparsity of {sparsity} cannot be reached: every module keeps a group, and {spare / max(total, 1):.4f} is "
+            "the most. Use a lower --sparsity."
+        )
+    return needed
+
+
 def below_one_threshold(modules: Sequence[Module], worths: Sequence[Tensor], sparsity: float) -> list[int]:
     """How many groups of each module lie below one threshold for all, so that this share of the modules' parameters goes: the
     least number of groups that reaches it, in the order of their worth. Each module keeps its best group.
@@ -59,17 +76,10 @@ def below_one_threshold(modules: Sequence[Module], worths: Sequence[Tensor], spa
     Raises:
         ConfigError: the share cannot be reached.
     """
-    sizes = [module.parameters_per_group for module in modules]
-    total = sum(size * module.num_groups for size, module in zip(sizes, modules, strict=True))
-    spare = sum(size * (module.num_groups - 1) for size, module in zip(sizes, modules, strict=True))
-    needed = ceil(Fraction(repr(float(sparsity))) * total)  # repr: 0.3 means three tenths, not the float a little below them
-    if needed > spare:
-        raise ConfigError(
-            f"a sparsity of {sparsity} cannot be reached: every module keeps a group, and {spare / max(total, 1):.4f} is "
-            "the most. Use a lower --sparsity."
-        )
+    needed = parameters_that_go(modules, sparsity)
     if not needed:
         return [0] * len(modules)
+    sizes = [module.parameters_per_group for module in modules]
     sorted_ones = [worth_G.cpu().sort().values[:-1] for worth_G in worths]
     owner_P = torch.cat([torch.full((len(part),), index) for index, part in enumerate(sorted_ones)])
     owner_P = owner_P[torch.cat(sorted_ones).argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""How large a model is as it lies in memory: parameters, what a token takes in the KV cache, and the arithmetic of a module."""
+"""How large a model is as it lies in memory: parameters, and what a token takes in the KV cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from llmprune.structured.units import Module
 
 
 def num_parameters(model: PreTrainedModel) -> int:
@@ -28,16 +26,6 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """
     one, two = (_cache_bytes(model, length) for length in (1, 2))
     return two - one
-
-
-def module_flops(module: Module, kept: int | None = None, *, context: int = 0) -> int:
-    """Floating-point operations of a module for one token, two for each multiply-add of its matrices and, for an attention, of
-    the scores and sums over ``context`` tokens; with ``kept`` of its groups, by default all.
-    """
-    rows = sum(part.rows_GR.shape[1] * part.site.shape[1] for part in module.producers)
-    matrices = rows + module.group_size * module.consumer.shape[0]
-    attended = context * (module.num_query_heads * module.head_dim + module.group_size) if module.kind == "attention" else 0
-    return 2 * (module.num_groups if kept is None else kept) * (matrices + attended)
 
 
 def _cache_bytes(model: PreTrainedModel, length: int) -> int:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.anatomy.blocks import HIDDEN
 from llmprune.anatomy.sites import Site
+from llmprune.devices import module_device
 from llmprune.errors import UnsupportedModel
 from llmprune.structured.modeling import NoAttention, NoFFN
 from llmprune.structured.path import columns_of
+from llmprune.structured.stock import distance, rounding
 from llmprune.structured.units import HEAD_COUNTS, KV_HEAD_COUNTS, Module
 from llmprune.structured.widths import FFN_WIDTHS, fields_of
 
-_ROUNDINGS = 4  # of the dtype, that a sum over fewer columns may differ by
-_LEAST = {torch.float64: 1e-10, torch.float32: 1e-5}
 _HEAD_WIDTHS = ("split_size", "embed_dim", "kv_dim")  # of all heads together
 _FUSED_WIDTHS = ("hidden_size",)  # likewise, where queries, keys and values are one matrix
 _FAILURES = (AttributeError, IndexError, TypeError, ValueError, RuntimeError)
@@ -105,8 +105,18 @@ def slice_(model: PreTrainedModel, module: Module, cut: Cut) -> None:
     _recount_(owner, module, len(cut.kept_G))
 
 
-def slice_model_(model: PreTrainedModel, modules: Sequence[Module], cuts: Mapping[str, Cut], input_ids_NS: Tensor) -> None:
+def slice_model_(
+    model: PreTrainedModel,
+    modules: Sequence[Module],
+    cuts: Mapping[str, Cut],
+    input_ids_NS: Tensor,
+    *,
+    running: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     """Slice every module that has a cut, and check the model against its masked self on a batch of tokens.
+
+    Args:
+        running: entered around each of the two forwards, to have the model where it runs.
 
     Raises:
         UnsupportedModel: they differ; the model in memory is then of no use.
@@ -114,10 +124,12 @@ def slice_model_(model: PreTrainedModel, modules: Sequence[Module], cuts: Mappin
     chosen = [module for module in modules if module.name in cuts]
     for module in chosen:
         mask_(module, cuts[module.name])
-    reference = record_masked(model, chosen, input_ids_NS)
+    with running():
+        reference = record_masked(model, chosen, input_ids_NS.to(module_device(model)))
     for module in chosen:
         slice_(model, module, Cut(cuts[module.name].kept_G))
-    check_sliced(model, reference)
+    with running():
+        check_sliced(model, reference)
 
 
 @torch.no_grad()
@@ -147,7 +159,7 @@ def record_masked(model: PreTrainedModel, modules: Iterable[Module], input_ids_N
 @torch.no_grad()
 def check_sliced(model: PreTrainedModel, reference: Reference) -> None:
     """Compare every module of a sliced model with the masked one: given the same hidden state it must put out the same, to
-    1e-10 in fp64, 1e-5 in fp32 and four roundings in 16 bits, as norms over the batch.
+    :func:`llmprune.structured.stock.rounding` of the norm over the batch.
 
     Raises:
         UnsupportedModel: a module differs, or does not run; names it.
@@ -166,13 +178,11 @@ def check_sliced(model: PreTrainedModel, reference: Reference) -> None:
     def after(name: str, output: Any) -> None:
         nonlocal current
         ours_NSH, theirs_NSH = _first(output), _first(reference.outputs[name])
-        allowed = _LEAST.get(theirs_NSH.dtype, _ROUNDINGS * torch.finfo(theirs_NSH.dtype).eps)
-        scale = theirs_NSH.double().norm().clamp(min=torch.finfo(torch.float32).tiny)
         if type(output) is not type(reference.outputs[name]) or ours_NSH.shape != theirs_NSH.shape:
             raise _differs(name, "something of another shape")
-        error = float((ours_NSH.double() - theirs_NSH.double()).norm() / scale)
-        if not error <= allowed:
-            raise _differs(name, f"values that are {error:.1e} away, where {allowed:.1e} is rounding")
+        away, allowed = distance(ours_NSH, theirs_NSH), rounding(theirs_NSH.dtype)
+        if not away <= allowed:
+            raise _differs(name, f"values that are {away:.1e} away, where {allowed:.1e} is rounding")
         current = f"what follows {name}"
 
     with _hooked(model, reference.outputs, before, after):

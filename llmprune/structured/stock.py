@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llmprune.errors import UnsupportedModel
+from llmprune.errors import UnsupportedModel, one_line
 
 Follows = Callable[[Any, Any], bool]
 """(what a module remembers, what its stock twin does) -> whether the difference is what was asked for."""
@@ -28,24 +28,40 @@ _ROUNDINGS = 4
 _LEAST = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def stock_model(model: PreTrainedModel, fields: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of the same class from the config with these values in its text part, as a checkpoint would give it back; its
-    weights are on ``meta``.
+def changed_config(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy with these values in its text part, as a checkpoint would give it back.
 
     Raises:
-        UnsupportedModel: the config does not take them.
+        UnsupportedModel: it does not take them.
     """
-    changed = copy.deepcopy(model.config)
+    changed = copy.deepcopy(config)
     text = changed.get_text_config()
-    try:
+    with _refused(text, fields):
         for field, value in fields.items():
             setattr(text, field, value)
-        config = type(changed).from_dict(changed.to_dict())
-        with torch.device("meta"):
-            return type(model)(config)
+        return type(config).from_dict(changed.to_dict())
+
+
+def stock_model(model: PreTrainedModel, fields: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the same class from the config with these values in its text part; its weights are on ``meta``.
+
+    Raises:
+        UnsupportedModel: config or class do not take them.
+    """
+    config = changed_config(model.config, fields)
+    with _refused(config.get_text_config(), fields), torch.device("meta"):
+        return type(model)(config)
+
+
+@contextmanager
+def _refused(text: PreTrainedConfig, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a config or a class says of values into UnsupportedModel."""
+    try:
+        yield
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedModel(f"the config of {text.model_type} does not take {dict(fields)} ({reason}).") from error
+        raise UnsupportedModel(
+            f"the config of {text.model_type} does not take {dict(fields)} ({one_line(error)}). Choose other numbers."
+        ) from error
 
 
 def differences(model: PreTrainedModel, stock: PreTrainedModel, follows: Follows) -> list[Change]:

@@ -46,7 +46,7 @@ def uniform_widths(budget: Budget, kv_counts: Sequence[int]) -> list[Widths]:
 
     A multiple of 64 channels is left, of the largest smaller power of two where 64 does not divide the width or is more than an
     eighth of it. Where kinds have budgets of their own, attention gives the most groups within its own and the FFN the rest of
-    the parameters of both: one pair.
+    the parameters of both: one pair. Without an FFN the rest stays, where some groups go.
 
     Args:
         kv_counts: kv groups that the config takes (:func:`llmprune.structured.widths.uniform_counts`).
@@ -77,7 +77,7 @@ def uniform_widths(budget: Budget, kv_counts: Sequence[int]) -> list[Widths]:
     per_channel = sum(shared.units[index] for index in ffn)
     found: list[Widths] = []
     for count in counts:
-        rest = max(shared.target - (heads - count) * per_group, 0)
+        rest = max(shared.target - (heads - count) * per_group, 0) if ffn or budget.shared or count == heads else 0
         if rest and not per_channel:
             continue
         channels = (width - (-(-rest // per_channel) if rest else 0)) // quantum * quantum
@@ -89,9 +89,10 @@ def uniform_widths(budget: Budget, kv_counts: Sequence[int]) -> list[Widths]:
     if not found:
         most_units = (heads - min(counts)) * per_group + (width - quantum if ffn else 0) * per_channel
         total = heads * per_group + width * per_channel
+        left = [f"{min(counts)} kv groups"] * bool(attention) + [f"{quantum} channels"] * bool(ffn)
         raise ConfigError(
             f"a share of {budget.sparsity:g} cannot go with the same widths in every layer: {most_units / total:.3g} is the "
-            f"most, with {min(counts)} kv groups and {quantum} channels left. Lower --sparsity, or use --widths free."
+            f"most, with {' and '.join(left)} left. Choose another --sparsity, or use --widths free."
         )
     return found
 

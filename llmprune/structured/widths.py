@@ -5,16 +5,14 @@ Whether the class agrees is not taken on trust: it is built from the new config,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import UnsupportedModel
+from llmprune.structured.stock import changed_config, stock_model
 from llmprune.structured.units import Module
 
 FFN_WIDTHS = (
@@ -59,7 +57,7 @@ def uniform_fields(model: PreTrainedModel, modules: Sequence[Module], kept: Mapp
                 fields[field] = known, other
     values = {field: value for field, (value, _) in fields.items()}
     try:
-        stock = _stock(model, values)
+        stock = stock_model(model, values)
     except UnsupportedModel as error:
         attention = next((module for module in cut if module.kind == "attention"), None)
         if attention is None:
@@ -83,7 +81,7 @@ def uniform_counts(model: PreTrainedModel, module: Module) -> tuple[int, ...]:
     if module.kind == "attention":
         for count in counts:
             with suppress(UnsupportedModel):
-                _with_fields(model.config, fields_of(text, module, count))
+                changed_config(model.config, fields_of(text, module, count))
                 taken.append(count)
     else:
         taken = list(counts)
@@ -91,7 +89,7 @@ def uniform_counts(model: PreTrainedModel, module: Module) -> tuple[int, ...]:
         return tuple(taken)
     try:  # whether the class makes of one what the config says
         fields = fields_of(text, module, taken[0])
-        _check_shapes(model, _stock(model, fields), _shapes_of(module, taken[0]), fields)
+        _check_shapes(model, stock_model(model, fields), _shapes_of(module, taken[0]), fields)
     except UnsupportedModel:
         return (module.num_groups,)
     return tuple(taken)
@@ -106,7 +104,7 @@ def describe_(model: PreTrainedModel, modules: Sequence[Module], fields: Mapping
     Raises:
         UnsupportedModel: the class makes something else of the config; names it.
     """
-    stock = _stock(model, fields)
+    stock = stock_model(model, fields)
     _check_shapes(model, stock, {name: list(parameter.shape) for name, parameter in model.named_parameters()}, fields)
     for module in modules:
         ours, theirs = _numbers(model.get_submodule(module.name)), _numbers(stock.get_submodule(module.name))
@@ -146,33 +144,6 @@ def fields_of(text: PreTrainedConfig, module: Module, kept: int) -> dict[str, in
     return fields
 
 
-def _with_fields(config: PreTrainedConfig, fields: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy with these values, as a checkpoint would give it back."""
-    changed = copy.deepcopy(config)
-    text = changed.get_text_config()
-    try:
-        for field, value in fields.items():
-            setattr(text, field, value)
-        return type(config).from_dict(changed.to_dict())
-    except (ValueError, StrictDataclassError) as error:
-        raise _refused(changed, fields, error) from error
-
-
-def _refused(config: PreTrainedConfig, fields: Mapping[str, int], error: Exception) -> UnsupportedModel:
-    kind, reason = config.get_text_config().model_type, " ".join(str(error).split())
-    return UnsupportedModel(f"the config of {kind} does not take {dict(fields)} ({reason}). Choose other widths.")
-
-
-def _stock(model: PreTrainedModel, fields: Mapping[str, int]) -> PreTrainedModel:
-    """The model's class, without memory, from its config with these values."""
-    config = _with_fields(model.config, fields)
-    try:
-        with torch.device("meta"):
-            return type(model)(config)
-    except ValueError as error:
-        raise _refused(config, fields, error) from error
-
-
 def _shapes_of(module: Module, kept: int) -> dict[str, list[int]]:
     """Of its parameters, by name, once so many groups are left."""
     gone = module.num_groups - kept
@@ -206,5 +177,6 @@ def _numbers(owner: nn.Module) -> dict[str, float]:
 def _cannot_say(model: PreTrainedModel, fields: Mapping[str, int], what: str, ours: object, theirs: object) -> UnsupportedModel:
     kind = model.config.get_text_config().model_type
     return UnsupportedModel(
-        f"{what} is {ours} in the sliced model and {theirs} in a {kind} of {dict(fields)}: its config cannot say these widths."
+        f"{what} is {ours} in the sliced model and {theirs} in a {kind} of {dict(fields)}: its config cannot say these widths. "
+        "Use --widths free."
     )

@@ -14,10 +14,9 @@ from llmprune.engines.supernet import level_bytes, racks_of
 from llmprune.engines.tyr_settings import path_flops, search_tokens
 from llmprune.patterns import Pattern
 from llmprune.spec import PruneConfig
-from llmprune.structured.budget import Budget
 from llmprune.structured.levels import grid
 from llmprune.structuring.blocks import DEPTH_TOKENS
-from llmprune.structuring.groups import max_search_tokens, settings_of, units_of, widths_of
+from llmprune.structuring.groups import budget_of_shapes, max_search_tokens, settings_of, units_of, widths_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def _tyr(config: PruneConfig, model: PreTrainedModel, stack: Stack, sizes: Sizes
     """Supernets: two forwards of the calibration text, the Gram matrices and the nested paths. Searches: candidates' tokens."""
     modules = units_of(config, model, stack).modules
     settings, widths = settings_of(config), widths_of(config, model, modules)
-    name = "parameters" if config.budget == "latency" else config.budget  # seconds are not known without the model
-    budget = Budget.of(modules, config.sparsity, name)
+    budget = budget_of_shapes(config, modules)
     grids = [grid(modules, budget.fit(budget.centre(), number), number) for number in range(1, settings.iterations + 1)]
     racks = racks_of(modules, grids[0] if grids else [(count,) for count in budget.centre()])
     paths = sum(path_flops(rack.module, rack.counts) for rack in racks)

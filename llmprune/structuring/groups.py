@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack
-from llmprune.devices import module_device
 from llmprune.engines.flap import structural_cuts
 from llmprune.engines.tyr import Round, Step, Tyr
 from llmprune.engines.tyr_settings import PRESETS, TyrSettings
-from llmprune.errors import UnsupportedModel
+from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import Event, Progress
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.modules import seconds_per_group
@@ -27,7 +26,8 @@ from llmprune.spec import PruneConfig
 from llmprune.structure import FrontPoint, IterationReport, ModuleReport, Unit
 from llmprune.structured.budget import Budget
 from llmprune.structured.free import describe_free_, is_free
-from llmprune.structured.slicing import Cut, check_sliced, mask_, record_masked, slice_
+from llmprune.structured.scores import parameters_that_go
+from llmprune.structured.slicing import Cut, slice_model_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
 from llmprune.structured.units import Module, Units, find_units, select_units
 from llmprune.structured.widths import describe_, uniform_counts, uniform_fields
@@ -55,8 +55,12 @@ class Groups:
     @staticmethod
     def check(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> None:
         """Refuse a model of which nothing can go, and a share that cannot."""
-        modules = units_of(config, model, stack).modules
-        widths_of(config, model, modules)
+        units = units_of(config, model, stack)
+        widths = widths_of(config, model, units.modules)
+        if widths is None:
+            check_share(config, units)
+        else:  # whose fields may say those of modules that are left whole, too
+            uniform_fields(model, units.modules, {module.name: widths[0].kept(module) for module in units.modules})
 
     @cached_property
     def budget(self) -> Budget:
@@ -98,26 +102,19 @@ class Groups:
         """Slice the model; the sliced modules are compared with the masked ones on calibration tokens."""
         setting, model = self.setting, self.setting.model
         cuts = cuts_of(choice.tensors)
-        chosen = [module for module in self.modules if _changes(module, cuts[module.name])]
+        changed = {module.name: cut for module in self.modules if _changes(module, cut := cuts[module.name])}
         kept = {module.name: len(cuts[module.name].kept_G) for module in self.modules}
         modules = tuple(report_of(module, kept[module.name]) for module in self.modules)  # sliced ones no longer say
         removable = sum(module.num_groups * module.parameters_per_group for module in self.modules)
         gone = sum((module.num_groups - kept[module.name]) * module.parameters_per_group for module in self.modules)
         fields = self._fields(kept)
-        ids_NS = setting.ids_NS[:1, :CHECK_TOKENS]
-        for module in chosen:
-            mask_(module, cuts[module.name])
-        with dispatched(model, setting.device):
-            reference = record_masked(model, chosen, ids_NS.to(module_device(model)))
-        for module in chosen:
-            cut = cuts[module.name]
-            slice_(model, module, Cut(cut.kept_G))
-        with dispatched(model, setting.device):
-            check_sliced(model, reference)
-        stock = bool(chosen) and self._describe_(fields)
+        slice_model_(
+            model, self.modules, changed, setting.ids_NS[:1, :CHECK_TOKENS], running=lambda: dispatched(model, setting.device)
+        )
+        stock = bool(changed) and self._describe_(fields)
         return {
             "modules": [module.model_dump() for module in modules], "left": self.units.left, "num_removable": removable,
-            "num_removed": gone, "stock": stock or not chosen,
+            "num_removed": gone, "stock": stock or not changed,
         }  # fmt: skip
 
     def _fields(self, kept: Mapping[str, int]) -> dict[str, int] | None:
@@ -151,7 +148,9 @@ class Groups:
         known: Literal["flap", "magnitude"] = "flap" if method == "flap" else "magnitude"
         counts = None
         if self.widths:
-            counts = closest(self.widths, self.modules, setting.config.sparsity).removed(self.modules)
+            taken = closest(self.widths, self.modules, setting.config.sparsity)
+            counts = taken.removed(self.modules)
+            self._tell(taken)
         running = structural_cuts(
             known, setting.stack, self.modules, setting.record() if method == "flap" else None, setting.device,
             sparsity=setting.config.sparsity, counts=counts, with_bias=self.widths is None,
@@ -187,8 +186,8 @@ class Groups:
                 setting.keep(step.done, state)
             yield Progress(stage="structure", done=step.done, total=step.total, detail=detail_of(step))
         taken = next((one for one in self.widths or () if one.removed(self.modules) == tyr.counts), None)
-        if taken and (message := shortfall(taken, self.modules, setting.config.sparsity)):
-            self.warnings.append(message)
+        if taken:
+            self._tell(taken)
         others = sum(parameter.numel() for parameter in setting.model.parameters()) - sum(
             module.num_groups * module.parameters_per_group for module in self.modules
         )
@@ -204,6 +203,11 @@ class Groups:
             "group_seconds": self._group_seconds(),
         }
         return tyr.cuts, report
+
+    def _tell(self, taken: Widths) -> None:
+        """Warn where attention gives less than its share."""
+        if message := shortfall(taken, self.modules, self.setting.config.sparsity):
+            self.warnings.append(message)
 
     def _costs(self) -> dict[str, float]:
         """Seconds of a group by module: measured once for a run, as another measurement would be another budget."""
@@ -277,8 +281,26 @@ def widths_of(
         )
     attention = next((module for module in modules if module.kind == "attention"), None)
     counts = uniform_counts(model, attention) if attention else ()
-    name = "parameters" if config.budget == "latency" else config.budget
-    return uniform_widths(budget or Budget.of(modules, config.sparsity, name), counts)
+    return uniform_widths(budget or budget_of_shapes(config, modules), counts)
+
+
+def check_share(config: PruneConfig, units: Units) -> None:
+    """Refuse a share that cannot go, or that leaves nothing to run.
+
+    Raises:
+        ConfigError: names what can go.
+    """
+    if config.method == "flap":
+        parameters_that_go(units.modules, config.sparsity)
+        return
+    counts = budget_of_shapes(config, units.modules).centre()
+    if not units.left and all(count == module.num_groups for count, module in zip(counts, units.modules, strict=True)):
+        raise ConfigError(f"sparsity {config.sparsity:g} takes out all groups of all modules. Use a lower --sparsity.")
+
+
+def budget_of_shapes(config: PruneConfig, modules: Sequence[Module]) -> Budget:
+    """The job's, but parameters in place of seconds, which are not known before the model runs."""
+    return Budget.of(modules, config.sparsity, "parameters" if config.budget == "latency" else config.budget)
 
 
 def settings_of(config: PruneConfig) -> TyrSettings:
@@ -289,8 +311,9 @@ def settings_of(config: PruneConfig) -> TyrSettings:
     }  # fmt: skip
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(
-        preset, **given, hidden_weight=config.tyr_hidden_weight, sequential=config.sequential == "group", seed=config.seed
-    )
+        preset, **given, hidden_weight=config.tyr_hidden_weight, damping=config.damping,
+        sequential=config.sequential == "group", seed=config.seed,
+    )  # fmt: skip
 
 
 def max_search_tokens(config: PruneConfig) -> int:

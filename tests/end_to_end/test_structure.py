@@ -366,6 +366,12 @@ def test_what_is_left_whole_is_told(
     ("asked", "error", "words"),
     [
         ({"method": "tyr", "sparsity": 0.99, "widths": "uniform"}, ConfigError, ("0.99", "--sparsity")),
+        ({"method": "tyr", "sparsity": 0.99}, ConfigError, ("0.99", "all groups", "--sparsity")),
+        (
+            {"method": "tyr", "widths": "uniform", "skip": ("model.layers.0.*",)},
+            UnsupportedModel,
+            ("layers.0", "--widths free"),
+        ),
         ({"method": "flap", "sparsity": 0.99}, ConfigError, ("0.99",)),
         ({"method": "tyr", "skip": ("*",)}, UnsupportedModel, ("--skip", "all 8 modules")),
         ({"pattern": "blocks", "sparsity": 0.05}, ConfigError, ("0.05", "4 blocks", "1 to 3")),
@@ -376,11 +382,12 @@ def test_what_is_left_whole_is_told(
 def test_what_cannot_go_is_refused(
     asked: dict[str, Any], error: type[Exception], words: tuple[str, ...], job: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Before anything is written, with what can."""
-    with pytest.raises(error) as caught:
-        llmprune.prune(**job, **asked, out=tmp_path / "out")
-    assert all(word in str(caught.value) for word in words)
-    assert not (tmp_path / "out").exists()
+    """Before anything is measured, and by the plan, with what can."""
+    for ask in (llmprune.prune, llmprune.plan):
+        with pytest.raises(error) as caught:
+            ask(**job | {"out": tmp_path / "out"} if ask is llmprune.prune else job, **asked)
+        assert all(word in str(caught.value) for word in words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_structure_is_in_the_command_line(job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]) -> None:

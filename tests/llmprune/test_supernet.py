@@ -23,11 +23,12 @@ from llmprune.engines.supernet import (
     racks_of,
 )
 from llmprune.errors import FactorizationError, NonFiniteError, UnsupportedModel
-from llmprune.spec import Need
+from llmprune.spec import Need, PruneConfig
 from llmprune.stats import LinearStats
 from llmprune.structured.levels import centres, grid
 from llmprune.structured.path import expectation
 from llmprune.structured.units import Module, find_units
+from llmprune.structuring.groups import settings_of
 from supernet_case import CPU, ids, make_case
 
 
@@ -242,6 +243,13 @@ def test_dead_inputs_go_first_and_keep_their_weights() -> None:
     assert all(bool(torch.isfinite(level.weight_OK).all()) for level in levels)
 
 
+def test_damping_is_as_asked() -> None:
+    """The levels of a supernet are those of its damping, which is a hundredth by default."""
+    weights = [make_case().supernet(**fields).level(1, 2)[1].clone() for fields in ({}, {"damping": 0.01}, {"damping": 0.5})]
+    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
+    assert settings_of(PruneConfig.build(method="tyr", damping=0.5)).damping == 0.5
+
+
 def test_what_cannot_be_solved_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations beyond fp32, a matrix that is not positive definite, and a module that no token reached."""
     case = make_case()
@@ -255,7 +263,7 @@ def test_what_cannot_be_solved_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(supernet, "damped", indefinite)
-        with pytest.raises(FactorizationError, match=r"layers\.0\.self_attn\.o_proj: the damped"):
+        with pytest.raises(FactorizationError, match=r"layers\.0\.self_attn\.o_proj: the damped .* Raise --damping"):
             case.supernet()
     monkeypatch.setattr(Walk, "collect", lambda *_args, **_fields: {})
     with pytest.raises(UnsupportedModel, match=r"layers\.0\.self_attn\.o_proj is reached by no"):

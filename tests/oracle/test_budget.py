@@ -236,6 +236,13 @@ def test_uniform_widths_of_one_kind_only() -> None:
     assert uniform_widths(Budget.of(modules[1::2], 0.25), ()) == [Widths(None, 192)]
     assert uniform_widths(Budget.of(modules[::2], 0.25, "parameters"), range(1, 9)) == [Widths(6, None)]
     assert closest([Widths(None, 192)], modules[1::2], 0.25) == Widths(None, 192)
+    (nearest,) = uniform_widths(Budget.of(modules[::2], 0.3), range(1, 9))  # 5 of 16 groups go, and two layers alike give 4
+    assert nearest == Widths(6, None)
+    assert shortfall(nearest, modules[::2], 0.3) == "attention keeps 6 of 8 kv groups, more than 0.7 of them."
+    with pytest.raises(ConfigError, match=r"0 is the most, with 8 kv groups left"):  # 1 of 16: none of two layers alike
+        uniform_widths(Budget.of(modules[::2], 0.06), range(1, 9))
+    with pytest.raises(ConfigError, match=r"0\.875 is the most, with 1 kv groups left"):
+        uniform_widths(Budget.of(modules[::2], 0.95, "parameters"), range(1, 9))
 
 
 def test_uniform_widths_that_do_not_exist() -> None:
