@@ -1,4 +1,4 @@
-"""Pattern ``structured``: groups of attention heads and channels of FFNs go, by Týr, FLAP or magnitude."""
+"""Pattern ``structured``: groups of attention heads and channels of FFNs go, by Týr, FLAP or magnitude; by Týr experts too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.anatomy.blocks import Stack
+from llmprune.anatomy.blocks import Stack, eager_experts
 from llmprune.devices import module_device
 from llmprune.engines.flap import structural_cuts
 from llmprune.engines.tyr import Round, Step, Tyr
@@ -25,9 +25,10 @@ from llmprune.spec import PruneConfig
 from llmprune.structure import FrontPoint, IterationReport, ModuleReport, Unit
 from llmprune.structured.budget import Budget
 from llmprune.structured.free import describe_free_, is_free
-from llmprune.structured.slicing import Cut, check_sliced, mask_, record_masked, slice_
+from llmprune.structured.levels import Kind
+from llmprune.structured.slicing import Cut, check_sliced, masked, record_masked, slice_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
-from llmprune.structured.units import Module, Units, find_units, select_units
+from llmprune.structured.units import Module, Part, Units, find_units, keep_experts, select_units
 from llmprune.structured.widths import describe_, uniform_counts, uniform_fields
 from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting, head_of, search_texts
 
@@ -45,16 +46,17 @@ class Groups:
     def __post_init__(self) -> None:
         setting, config = self.setting, self.setting.config
         self.units = units_of(config, setting.model, setting.stack)
-        self.modules = list(self.units.modules)
+        self.modules = list(self.units.parts)
         self.warnings: list[str] = []
-        self.widths = widths_of(config, setting.model, self.modules)
+        self.widths = widths_of(config, setting.model, self.units.modules)
         self.state = setting.recorded() or {"done": 0, "seconds": 0.0}
 
     @staticmethod
     def check(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> None:
         """Refuse a model of which nothing can go, and a share that cannot."""
-        modules = units_of(config, model, stack).modules
-        widths_of(config, model, modules)
+        units = units_of(config, model, stack)
+        if widths_of(config, model, units.modules) is None and config.method == "tyr":
+            Budget.of(units.parts, config.sparsity, "parameters" if config.budget == "latency" else config.budget)
 
     @property
     def total(self) -> int:
@@ -92,15 +94,13 @@ class Groups:
         gone = sum((module.num_groups - kept[module.name]) * module.parameters_per_group for module in self.modules)
         fields = self._fields(kept)
         ids_NS = setting.ids_NS[:1, :CHECK_TOKENS]
-        for module in chosen:
-            mask_(module, cuts[module.name])
-        with dispatched(model, setting.device):
-            reference = record_masked(model, chosen, ids_NS.to(module_device(model)))
-        for module in chosen:
-            cut = cuts[module.name]
-            slice_(model, module, Cut(cut.kept_G))
-        with dispatched(model, setting.device):
-            check_sliced(model, reference)
+        with eager_experts(model):
+            with masked(model, chosen, cuts), dispatched(model, setting.device):
+                reference = record_masked(model, chosen, ids_NS.to(module_device(model)))
+            for module in chosen:
+                slice_(model, module, Cut(cuts[module.name].kept_G))
+            with dispatched(model, setting.device):
+                check_sliced(model, reference)
         stock = bool(chosen) and self._describe_(fields)
         return {
             "modules": [module.model_dump() for module in modules], "left": self.units.left, "num_removable": removable,
@@ -140,7 +140,7 @@ class Groups:
         if self.widths:
             counts = closest(self.widths, self.modules, setting.config.sparsity).removed(self.modules)
         running = structural_cuts(
-            known, setting.stack, self.modules, setting.record() if method == "flap" else None, setting.device,
+            known, setting.stack, self.units.modules, setting.record() if method == "flap" else None, setting.device,
             sparsity=setting.config.sparsity, counts=counts, with_bias=self.widths is None,
         )  # fmt: skip
         while True:
@@ -195,7 +195,7 @@ class Groups:
         costs = None
         if name == "latency":
             with dispatched(setting.model, setting.device):
-                costs = seconds_per_group(setting.model, self.modules)
+                costs = seconds_per_group(setting.model, self.units.modules)
         return Budget.of(self.modules, setting.config.sparsity, name, costs)
 
 
@@ -205,8 +205,12 @@ def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units
     Raises:
         UnsupportedModel: there are none.
     """
-    units = select_units(find_units(model, stack), config.skip)
-    if not units.modules:
+    units = select_units(find_units(model, stack, experts=config.method == "tyr"), config.skip)
+    if config.widths == "uniform":
+        units = keep_experts(units, "its experts stay where all layers keep the same widths; use --widths free")
+    elif config.budget == "latency":
+        units = keep_experts(units, "its experts cost no time: a token goes through as many, however many there are")
+    if not units.parts:
         raise UnsupportedModel(f"nothing to take out: all modules are left whole by --skip, e.g. {next(iter(units.left))}.")
     return units
 
@@ -256,9 +260,10 @@ def cuts_of(tensors: Mapping[str, Tensor]) -> dict[str, Cut]:
     return {name: Cut(**own) for name, own in parts.items()}
 
 
-def report_of(module: Module, num_kept: int) -> ModuleReport:
+def report_of(module: Part, num_kept: int) -> ModuleReport:
     """What the report says of a module before it is sliced."""
-    unit: Unit = "channel" if module.kind == "ffn" else "query head" if module.multi_query else "kv group"
+    units: dict[Kind, Unit] = {"attention": "kv group", "ffn": "channel", "experts": "expert"}
+    unit = "query head" if isinstance(module, Module) and module.multi_query else units[module.kind]
     return ModuleReport(
         name=module.name, block=module.block, unit=unit, num_groups=module.num_groups, num_kept=num_kept,
         parameters_per_group=module.parameters_per_group,
@@ -281,5 +286,5 @@ def detail_of(step: Step) -> str:
     return text if step.divergence is None else f"{text}: KL {step.divergence:.4f}"
 
 
-def _changes(module: Module, cut: Cut) -> bool:
+def _changes(module: Part, cut: Cut) -> bool:
     return len(cut.kept_G) < module.num_groups or cut.weight_OK is not None or cut.bias_O is not None
