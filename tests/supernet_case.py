@@ -22,7 +22,7 @@ from llmprune.engines.tyr_settings import TyrSettings
 from llmprune.measure.quality import replay_tail
 from llmprune.structured.budget import Budget, BudgetName
 from llmprune.structured.levels import centres, grid
-from llmprune.structured.slicing import Cut, mask_
+from llmprune.structured.slicing import Cut, masked
 from llmprune.structured.units import find_units
 
 CPU = torch.device("cpu")
@@ -39,15 +39,15 @@ def ids(seed: int = 0) -> Tensor:
 class Case:
     """A model of two blocks, its recordings, and the levels of an iteration at a sparsity."""
 
-    def __init__(self, model: PreTrainedModel, sparsity: float = 0.5, iteration: int = 1) -> None:
+    def __init__(self, model: PreTrainedModel, sparsity: float = 0.5, iteration: int = 1, *, experts: bool = False) -> None:
         self.model = model
         self.stack = probe(model, find_stack(model), ids()[:1])
-        self.modules = find_units(model, self.stack).modules
+        self.modules = find_units(model, self.stack, experts=experts).parts
         self.calibration = record(model, self.stack, list(ids().split(4)))
         self.texts = record(model, self.stack, list(ids(1).split(3)))
         self.counts = centres(self.modules, sparsity)
-        self.racks = racks_of(self.modules, grid(self.modules, self.counts, iteration))
-        self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.racks = racks_of(self.modules, grid(self.modules, self.counts, iteration), self.counts)
+        self.before = {name: tensor.detach().clone() for name, tensor in self._tensors()}
 
     def supernet(self, **fields: Any) -> Supernet:
         """With all levels in it."""
@@ -61,7 +61,7 @@ class Case:
 
     def unchanged(self) -> bool:
         """Whether the model is dense."""
-        return all(torch.equal(parameter, self.before[name]) for name, parameter in self.model.named_parameters())
+        return all(torch.equal(tensor, self.before[name]) for name, tensor in self._tensors())
 
     @contextmanager
     def head(self) -> Iterator[Logits]:
@@ -90,18 +90,21 @@ class Case:
         def log_probs() -> Tensor:
             return F.log_softmax(self.model(input_ids=ids(1), use_cache=False).logits.float(), dim=-1)
 
-        current = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        for module in self.modules if cuts else ():
-            mask_(module, (cuts or {})[module.name])
-        ours_NSV = log_probs()
+        current = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        with masked(self.model, self.modules if cuts else (), cuts or {}):
+            ours_NSV = log_probs()
         self._load(self.before)
         dense_NSV = log_probs()
         self._load(current)
         return float(F.kl_div(ours_NSV, dense_NSV, log_target=True, reduction="none").sum(-1).mean())
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in self._tensors():
+            tensor.copy_(weights[name])
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
 
 
 def make_case(*, kv_heads: int = 4, **fields: Any) -> Case:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.devices import module_device, placed
 from llmprune.errors import NonFiniteError, UnsupportedModel
-from llmprune.structured.experts import Mixture
+from llmprune.structured.experts import Mixture, Muted
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def expert_scores(
         here = device if home.type == "cpu" else home
         mixture = by_block.get(index)
         with placed(block, here):
-            tally = _Tally(mixture, stack, block) if mixture else None
+            tally = Tally(Muted(mixture, block, stack.name(index))) if mixture else None
             try:
                 for chunk, before_NSH in enumerate(streams):
                     streams[chunk] = calls[chunk][index].run(block, before_NSH.to(here)).to(before_NSH.device)
@@ -82,16 +82,20 @@ def best_experts(score_E: Tensor, count: int, num_groups: int = 1) -> list[int]:
     return sorted((order_GM + starts_G[:, None]).flatten().tolist())
 
 
-class _Tally:
-    """Adds up what the experts put out, one by one, each time their module is called."""
+class Tally:
+    """Adds up what the experts of a mixture put out, one by one, each time their module is called.
 
-    def __init__(self, mixture: Mixture, stack: Stack, block: nn.Module) -> None:
-        self.mixture = mixture
-        self.sum_E = torch.zeros(mixture.num_experts, dtype=torch.float64)
-        self.count_E = torch.zeros(mixture.num_experts, dtype=torch.int64)
+    Args:
+        place: where the mixture is.
+        outputs: whether they are run for it; else only how often they are chosen is counted.
+    """
+
+    def __init__(self, place: Muted, *, outputs: bool = True) -> None:
+        self.mixture, self.outputs = place.mixture, outputs
+        self.sum_E = torch.zeros(self.mixture.num_experts, dtype=torch.float64)
+        self.count_E = torch.zeros(self.mixture.num_experts, dtype=torch.int64)
         self.inside = False
-        experts = block.get_submodule(mixture.experts.removeprefix(f"{stack.name(mixture.block)}."))
-        self.handle = experts.register_forward_pre_hook(self._see, with_kwargs=True)
+        self.handle = place.module(self.mixture.experts).register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.inside:
@@ -113,13 +117,16 @@ class _Tally:
 
     def _add(self, experts: nn.Module, expert: int, hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> None:
         token_T, slot_T = torch.where(index_TK == expert)
+        self.count_E[expert] += len(token_T)
+        if not self.outputs:
+            return
         alone_T1 = index_TK.new_full((len(token_T), 1), expert)
         output_TH = experts(hidden_TH[token_T], alone_T1, gate_TK.new_ones(len(token_T), 1))
         worth_T = gate_TK[token_T, slot_T].float() * output_TH.reshape(len(token_T), -1).float().norm(dim=-1)
         if not bool(worth_T.isfinite().all()):
             raise NonFiniteError(f"expert {expert} of {self.mixture.experts} puts out NaN or inf.")
         self.sum_E[expert] += float(worth_T.sum(dtype=torch.float64))
-        self.count_E[expert] += len(token_T)
 
     def scores(self) -> ExpertScores:
+        """Of what was seen so far."""
         return ExpertScores(self.sum_E / self.count_E.clamp(min=1), self.count_E)

@@ -5,7 +5,11 @@ their modules holds the mean of its levels (error accumulation by expectation, e
 kind it will have. The dense weights are back before the next block's turn. Of the levels only the kept columns are stored: half
 of the dense weights of the modules for each level, on average, where the levels run from none to all.
 
-O out, I in features; G groups of C columns; K columns kept.
+The levels of a mixture are numbers of experts that its router gives no chance, those of the least router-weighted activation
+(REAP, arXiv 2510.13999) on the inputs that the other modules of its block are pruned on. Weights of a mean do not exist: while
+errors accumulate it holds its middle level.
+
+E experts; O out, I in features; G groups of C columns; K columns kept.
 """
 
 from __future__ import annotations
@@ -22,25 +26,30 @@ from llmprune.anatomy.sites import Site
 from llmprune.devices import module_device, placed
 from llmprune.engines.evolution import Shelf, Variants
 from llmprune.engines.layerwise import Walk
+from llmprune.engines.reap import ExpertScores, Tally, best_experts
 from llmprune.errors import FactorizationError, NonFiniteError, UnsupportedModel
 from llmprune.linalg import damped
 from llmprune.spec import Need, PruneConfig
 from llmprune.stats import LinearStats
+from llmprune.structured.experts import Mixture, Muted
 from llmprune.structured.levels import chunk_of
 from llmprune.structured.path import Criterion, Level, columns_of, expectation, nested_path
-from llmprune.structured.units import Module
+from llmprune.structured.slicing import Cut
+from llmprune.structured.units import Module, Part
 
 
 @dataclass(frozen=True)
 class Rack:
-    """The levels of one module.
+    """The levels of one module or mixture.
 
     Attributes:
         counts: groups removed at each level, rising.
+        centre: the count they lie around; None for the middle one.
     """
 
-    module: Module
+    module: Part
     counts: tuple[int, ...]
+    centre: int | None = None
 
     @property
     def block(self) -> int:
@@ -49,8 +58,13 @@ class Rack:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The one matrix."""
-        return (self.module.consumer,)
+        """The one matrix, or none."""
+        return self.module.sites
+
+    @property
+    def middle(self) -> int:
+        """The rung of the centre."""
+        return len(self.counts) // 2 if self.centre is None else self.counts.index(self.centre)
 
 
 @dataclass
@@ -73,6 +87,21 @@ class Supernet(Variants[Rack]):
         super().__post_init__()
         assert all(one.block <= other.block for one, other in zip(self.groups, self.groups[1:], strict=False))
         self.losses: list[tuple[float, ...]] = [()] * len(self.groups)
+        self.scores: dict[int, ExpertScores] = {}
+        self.muted: dict[int, Muted] = {}
+        for number, rack in enumerate(self.groups):
+            if isinstance(rack.module, Mixture):
+                name = self.stack.name(rack.block)
+                self.muted[number] = Muted(rack.module, self.stack.blocks[rack.block], name)
+                self.used_by[rack.block] = sorted([*self.used_by[rack.block], number])
+
+    def hold_(self, number: int, rung: int | None) -> None:
+        """See :class:`llmprune.engines.evolution.Variants`; of a mixture other experts are muted."""
+        if number in self.muted and self.held[number] != rung:
+            every = range(self.groups[number].module.num_groups)
+            kept = every if rung is None else set(self.experts(number, rung))
+            self.muted[number].hold_([expert for expert in every if expert not in kept])
+        super().hold_(number, rung)
 
     @torch.no_grad()
     def fill(self, recording: Recording, device: torch.device) -> Iterator[int]:
@@ -82,7 +111,7 @@ class Supernet(Variants[Rack]):
         Raises:
             NonFiniteError: NaN or inf in a block's output; names the block.
             FactorizationError: names the module.
-            UnsupportedModel: no token reached a module; names it.
+            UnsupportedModel: no token reached a module, or how a mixture chooses is not understood; names it.
         """
         calls = copy.deepcopy(recording.calls) if recording.stateful else recording.calls
         walk = Walk(self.stack, Recording(list(recording.hidden), calls), PruneConfig(), device)
@@ -95,10 +124,15 @@ class Supernet(Variants[Rack]):
             yield index + 1
 
     def _fill_block(self, walk: Walk, index: int, block: nn.Module) -> None:
-        numbers = {one.module.consumer.name: number for number, one in enumerate(self.groups) if one.block == index}
-        pending = {name: self.groups[number].module.consumer for name, number in numbers.items()}
+        racks = [(number, rack) for number, rack in enumerate(self.groups) if rack.block == index]
+        numbers = {site.name: number for number, rack in racks for site in rack.sites}
+        sites = {site.name: site for _, rack in racks for site in rack.sites}
+        pending = dict(sites)
+        mixtures = [number for number, _ in racks if number in self.muted]
         dense = {name: site.weight_OI.clone() for name, site in pending.items()}
         try:
+            if not self.sequential:
+                self._score(walk, index, block, mixtures)
             while pending:
                 found = walk.collect(index, block, pending, whole=not self.sequential, needs=Need.GRAM)
                 if not found:
@@ -106,15 +140,63 @@ class Supernet(Variants[Rack]):
                 for name, stats in found.items():
                     site = pending.pop(name)
                     site.weight_OI.copy_(self._fill_module(numbers[name], stats))
-            walk.advance(index, block)
+            if self.sequential:
+                self._score(walk, index, block, mixtures)
+            self._advance(walk, index, block, mixtures)
         finally:
             for name, weight_OI in dense.items():
-                self.groups[numbers[name]].module.consumer.weight_OI.copy_(weight_OI)
+                sites[name].weight_OI.copy_(weight_OI)
+            for number in mixtures:
+                self.hold_(number, None)
+
+    def _score(self, walk: Walk, index: int, block: nn.Module, mixtures: Sequence[int]) -> None:
+        """Score the experts of the mixtures on the block as it is, in a forward of their own."""
+        for number in mixtures:
+            tally = Tally(self.muted[number])
+            try:
+                walk.collect(index, block, {}, whole=True)
+            finally:
+                tally.handle.remove()
+            rack, scores = self.groups[number], tally.scores()
+            if not int(scores.count_E.sum()):
+                raise UnsupportedModel(f"{rack.module.name} is reached by no calibration token.")
+            self.scores[number] = scores
+            worth_E = scores.count_E * scores.saliency_E.square()
+            kept = [worth_E[self.experts(number, rung)].sum() for rung in range(len(rack.counts))]
+            self.losses[number] = tuple(float(1 - one / worth_E.sum()) if worth_E.any() else 0.0 for one in kept)
+
+    def _advance(self, walk: Walk, index: int, block: nn.Module, mixtures: Sequence[int]) -> None:
+        """Carry the hidden states on with every mixture at its middle level, and see that it chooses none of the others."""
+        tallies = []
+        try:
+            for number in mixtures:
+                self.hold_(number, self.groups[number].middle)
+                tallies.append((number, Tally(self.muted[number], outputs=False)))
+            walk.advance(index, block)
+        finally:
+            for _, tally in tallies:
+                tally.handle.remove()
+        for number, tally in tallies:
+            tally.count_E[self.experts(number, self.groups[number].middle)] = 0
+            if tally.count_E.any():
+                raise UnsupportedModel(f"{tally.mixture.router} chooses experts whose logits give them no chance.")
+
+    def experts(self, number: int, rung: int) -> list[int]:
+        """The experts of a mixture that a level keeps, rising; those of a higher one are among them."""
+        mixture, count = self.muted[number].mixture, self.groups[number].counts[rung]
+        return best_experts(self.scores[number].saliency_E, mixture.num_experts - count, mixture.route_groups)
+
+    def cut(self, number: int, rung: int) -> Cut:
+        """What a level keeps, a copy."""
+        if number in self.muted:
+            return Cut(torch.tensor(self.experts(number, rung)))
+        kept_G, weight_OK = self.level(number, rung)
+        return Cut(kept_G.clone(), weight_OK.clone())
 
     def _fill_module(self, number: int, stats: LinearStats) -> Tensor:
         """Store a module's levels; returns the mean of them [O, I]."""
         rack, shelf = self.groups[number], self.shelves[self.groups[number].block]
-        module = rack.module
+        module = self._module(number)
         weight_OI = module.consumer.weight_OI
         try:
             levels, whole = module_levels(weight_OI, stats, module, rack.counts, self.criterion, damping=self.damping)
@@ -132,15 +214,20 @@ class Supernet(Variants[Rack]):
 
     def decode(self, number: int, member: int, found: Sequence[Tensor]) -> Tensor:
         """See :class:`llmprune.engines.evolution.Variants`."""
-        module, site = self.groups[number].module, self.groups[number].sites[member]
+        module, site = self._module(number), self.groups[number].sites[member]
         kept_G, weight_OK = self._level(module, found)
         pruned_OI = torch.zeros(site.shape, dtype=weight_OK.dtype, device=weight_OK.device)
         pruned_OI[:, columns_of(kept_G, module.group_size)] = weight_OK
         return pruned_OI
 
     def level(self, number: int, rung: int) -> tuple[Tensor, Tensor]:
-        """A stored level: groups kept, rising, int64 [G], and their columns [O, K], a view of what is stored."""
-        return self._level(self.groups[number].module, self.shelves[self.groups[number].block].get(number, 0, rung))
+        """A module's stored level: groups kept, rising, int64 [G], and their columns [O, K], a view of what is stored."""
+        return self._level(self._module(number), self.shelves[self.groups[number].block].get(number, 0, rung))
+
+    def _module(self, number: int) -> Module:
+        module = self.groups[number].module
+        assert isinstance(module, Module)
+        return module
 
     @staticmethod
     def _level(module: Module, found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -148,9 +235,12 @@ class Supernet(Variants[Rack]):
         return kept_G, weight.view(module.consumer.shape[0], len(kept_G) * module.group_size)
 
 
-def racks_of(modules: Sequence[Module], counts: Sequence[Sequence[int]]) -> list[Rack]:
-    """The levels of the modules, of whom ``counts`` has the groups to remove."""
-    return [Rack(module, tuple(own)) for module, own in zip(modules, counts, strict=True)]
+def racks_of(
+    modules: Sequence[Part], counts: Sequence[Sequence[int]], centre: Sequence[int | None] | None = None
+) -> list[Rack]:
+    """The levels of the modules, of whom ``counts`` has the groups to remove, and ``centre`` those in the middle."""
+    middle = centre or [None] * len(modules)
+    return [Rack(module, tuple(own), at) for module, own, at in zip(modules, counts, middle, strict=True)]
 
 
 def module_levels(
@@ -194,11 +284,12 @@ def _with_dead(level: Level, weight_OI: Tensor, dead_I: Tensor, group_size: int)
 
 
 def level_bytes(racks: Sequence[Rack]) -> int:
-    """Bytes of all levels of these modules, the dense weights included."""
+    """Bytes of all levels of these modules, the dense weights included; of a mixture no weights are stored."""
     total = 0
     for rack in racks:
-        site, width = rack.module.consumer, rack.module.num_groups
+        width = rack.module.num_groups
         kept = sum(width - count for count in rack.counts if count)
-        weights = site.numel + site.shape[0] * kept * rack.module.group_size
-        total += site.stored.element_size() * weights + 4 * sum(width - count for count in rack.counts)
+        for site in rack.sites:
+            weights = site.numel + site.shape[0] * kept * rack.module.group_size
+            total += site.stored.element_size() * weights + 4 * sum(width - count for count in rack.counts)
     return total

@@ -27,7 +27,7 @@ from llmprune.structured.budget import Budget
 from llmprune.structured.levels import grid, step_of, trades_of
 from llmprune.structured.slicing import Cut
 from llmprune.structured.uniform import Widths, closest
-from llmprune.structured.units import Module
+from llmprune.structured.units import Part
 
 Phase = Literal["supernet", "curves", "search", "settle"]
 
@@ -92,7 +92,7 @@ class Tyr:
     """The search of how many groups go from each module, and which; what stays, and its weights, are the cuts.
 
     Attributes:
-        modules: what groups go from, in the order of the blocks.
+        modules: what groups go from, mixtures too, in the order of the blocks.
         budget: how much goes from them.
         calibration: sequences the supernet is built on.
         texts: sequences the divergence from the dense model is measured on, a chunk a batch.
@@ -108,7 +108,7 @@ class Tyr:
     """
 
     stack: Stack
-    modules: Sequence[Module]
+    modules: Sequence[Part]
     budget: Budget
     calibration: Recording
     texts: Recording
@@ -290,8 +290,7 @@ class Tyr:
         self.divergence = divergence
         self.counts = [rack.counts[level] for rack, level in zip(supernet.groups, levels, strict=True)]
         for number, level in enumerate(levels):
-            kept_G, weight_OK = supernet.level(number, level)
-            self.cuts[self.modules[number].name] = Cut(kept_G.clone(), weight_OK.clone())
+            self.cuts[self.modules[number].name] = supernet.cut(number, level)
 
     @contextmanager
     def _supernet(self, racks: list[Rack], *, sequential: bool = False) -> Iterator[Supernet]:
@@ -318,7 +317,8 @@ class Tyr:
         if self.widths:
             counts = zip(*(one.removed(self.modules) for one in self.widths), strict=True)
             return racks_of(self.modules, [sorted(set(own)) for own in counts])
-        return racks_of(self.modules, grid(self.modules, self._centre(iteration), iteration))
+        centre = self._centre(iteration)
+        return racks_of(self.modules, grid(self.modules, centre, iteration), centre)
 
     def _centre(self, iteration: int) -> list[int]:
         """Groups that go from each module in the middle of an iteration's levels."""

@@ -1,9 +1,9 @@
 """Budgets of structured pruning: how much goes, counted in integers, and which allocations of groups meet it.
 
-Three budgets (Týr-the-Pruner, arXiv 2503.09657, has the first): ``kinds`` gives attention and FFN a number of groups each,
-which is met exactly; ``parameters`` is one for all modules, in weights and biases; ``latency`` one for all modules in seconds,
-rounded to a thousandth of the cheapest group. What is shared by modules of unequal groups cannot be met exactly: at least the
-target goes, and at most the cheapest step of the iteration more.
+Three budgets (Týr-the-Pruner, arXiv 2503.09657, has the first): ``kinds`` gives attention, FFN and experts a number of groups
+each, which is met exactly; ``parameters`` is one for all modules, in weights and biases; ``latency`` one for all modules in
+seconds, rounded to a thousandth of the cheapest group. What is shared by modules of unequal groups cannot be met exactly: at
+least the target goes, and at most the cheapest step of the iteration more.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Budget:
             costs: seconds of one group of each module by name, for ``latency`` and only for it.
 
         Raises:
-            ConfigError: there is nothing to remove, or no share of it is meant.
+            ConfigError: there is nothing to remove, no share of it is meant, or more than can go.
         """
         assert (costs is not None) == (name == "latency")
         if not modules:
@@ -73,12 +73,16 @@ class Budget:
         if not 0 <= sparsity <= 1:
             raise ConfigError(f"structured pruning removes a share between 0 and 1, got {sparsity}: all that can go is 1.")
         if name == "kinds":
-            target = sum(budget_of([modules[index] for index in indices], sparsity) for indices in trades_of(modules).values())
+            target = 0
+            for indices in trades_of(modules).values():
+                members = [modules[index] for index in indices]
+                target += _possible(budget_of(members, sparsity), members, (1,) * len(members), sparsity)
             return cls(name, tuple(modules), (1,) * len(modules), target, sparsity)
         units = [module.parameters_per_group for module in modules] if costs is None else _quantised(modules, costs)
         total = sum(unit * module.num_groups for unit, module in zip(units, modules, strict=True))
         # repr: 0.3 means three tenths, not the float a little below them.
-        return cls(name, tuple(modules), tuple(units), math.ceil(Fraction(repr(float(sparsity))) * total), sparsity)
+        target = _possible(math.ceil(Fraction(repr(float(sparsity))) * total), modules, units, sparsity)
+        return cls(name, tuple(modules), tuple(units), target, sparsity)
 
     @property
     def shared(self) -> bool:
@@ -116,7 +120,7 @@ class Budget:
         def moves(sign: int) -> Iterator[tuple[int, float, int]]:
             """(units, sign of the share that has gone, module) of all moves of one quantum that way."""
             for index, (unit, step, module) in enumerate(zip(self.units, steps, self.modules, strict=True)):
-                if unit and 0 <= counts[index] + sign * step <= module.num_groups:
+                if unit and 0 <= counts[index] + sign * step <= module.max_removed:
                     yield unit * step, sign * counts[index] / module.num_groups, index
 
         while total < low:
@@ -209,6 +213,19 @@ def least(spent: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], low:
         if low <= sum(own[level] for own, level in zip(spent, levels, strict=True)) <= high:
             return levels
     return None
+
+
+def _possible(target: int, modules: Sequence[Sized], units: Sequence[int], sparsity: float) -> int:
+    """The target, if so many units of the modules can go."""
+    most = sum(unit * module.max_removed for unit, module in zip(units, modules, strict=True))
+    if target <= most:
+        return target
+    total = sum(unit * module.num_groups for unit, module in zip(units, modules, strict=True))
+    kinds = " and ".join(dict.fromkeys(module.kind for module in modules))
+    raise ConfigError(
+        f"a share of {sparsity:g} of {kinds} is more than can go: a mixture keeps as many experts as a token needs. At most "
+        f"{most / total:.3g} can. Lower --sparsity, or leave the experts whole with --skip '*experts*'."
+    )
 
 
 def _quantised(modules: Sequence[Sized], costs: Mapping[str, float]) -> list[int]:

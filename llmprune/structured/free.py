@@ -27,6 +27,7 @@ VERSION = 1
 CODE = "modeling_pruned"
 """Name of the module that is written into a checkpoint."""
 KINDS = {NoAttention.__name__: "attention", NoFFN.__name__: "ffn"}
+_LINEAR_WIDTHS = ("in_features", "out_features", "nf", "nx")
 
 _CLASS = '''
 
@@ -191,11 +192,18 @@ def _differences(model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, An
             if before is None or before.shape != parameter.shape:
                 parameters[f"{path}.{leaf}"] = list(parameter.shape)
                 changed |= dict.fromkeys(_ancestors(path))
+        for leaf, buffer in module.named_buffers(recurse=False) if path not in removed and path in theirs else ():
+            known = theirs[path]._buffers.get(leaf)
+            if known is not None and known.shape != buffer.shape:
+                parameters[f"{path}.{leaf}"] = list(buffer.shape)
+                changed |= dict.fromkeys(_ancestors(path))
     numbers, configs = {}, {}
     for path in changed:
         module = model.get_submodule(path)
-        if path not in removed and not isinstance(module, nn.Linear | Conv1D):
+        if path not in removed:
             numbers[path] = _changed(vars(module), vars(theirs[path]))
+            if isinstance(module, nn.Linear | Conv1D):  # these two follow from the shape
+                numbers[path] = {name: number for name, number in numbers[path].items() if name not in _LINEAR_WIDTHS}
             if isinstance(config := vars(module).get("config"), PreTrainedConfig):
                 configs[path] = _changed(vars(config), vars(theirs[path].config))
     parts = {"removed": removed, "parameters": parameters, "numbers": _filled(numbers), "configs": _filled(configs)}

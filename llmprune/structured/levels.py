@@ -8,11 +8,12 @@ number of groups as it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, Protocol
 
-Kind = Literal["attention", "ffn"]
+Kind = Literal["attention", "ffn", "experts"]
 LEVELS_A_SIDE = 4
 """From the second iteration on."""
 STEPS_A_WIDTH = 8
@@ -38,6 +39,14 @@ class Grouped(Protocol):
     def num_groups(self) -> int:
         """How many groups it has."""
 
+    @property
+    def multiple(self) -> int:
+        """Groups go in multiples of so many, 1 where nothing ties them."""
+
+    @property
+    def max_removed(self) -> int:
+        """How many of them can go at most."""
+
 
 Trade = tuple[Kind, int]
 """Kind and group size: modules that have both in common trade groups."""
@@ -57,14 +66,15 @@ def trades_of(modules: Sequence[Grouped]) -> dict[Trade, list[int]]:
 
 
 def quantum_of(modules: Sequence[Grouped], channels: int = CHANNELS) -> int:
-    """Groups that go at once at least, in all modules of one trade: 1 of attention; of an FFN the largest power of two up to
-    ``channels`` that divides every width and is no more than an eighth of it (1 where none is).
+    """Groups that go at once at least, in all modules of one trade: 1 of attention; one expert, or one of every group that
+    tokens choose among; of an FFN the largest power of two up to ``channels`` that divides every width and is no more than an
+    eighth of it (1 where none is).
 
     Args:
         channels: a power of two.
     """
-    if modules[0].kind == "attention":
-        return 1
+    if modules[0].kind != "ffn":
+        return math.lcm(*(module.multiple for module in modules))
     quantum = channels
     while quantum > 1 and any(module.num_groups % quantum or STEPS_A_WIDTH * quantum > module.num_groups for module in modules):
         quantum //= 2
@@ -96,25 +106,30 @@ def budget_of(modules: Sequence[Grouped], sparsity: float) -> int:
 
 def centres(modules: Sequence[Grouped], sparsity: float) -> list[int]:
     """Groups that go from each module at first: this share of each, in whole quanta, so that those of a trade sum up to its
-    budget exactly; the remainders are spread over the depth.
+    budget exactly; the remainders are spread over the depth. What a module cannot give the others do, the first that can.
     """
     counts = [0] * len(modules)
     for indices in trades_of(modules).values():
         members = [modules[index] for index in indices]
-        quantum, budget = quantum_of(members), budget_of(members, sparsity)
+        quantum = quantum_of(members)
+        budget = min(budget_of(members, sparsity), sum(member.max_removed for member in members))
         total, seen, given = sum(member.num_groups for member in members), 0, 0
         for index, member in zip(indices, members, strict=True):
             seen += member.num_groups
             until = quantum * _nearest(Fraction(budget * seen, total * quantum))
             counts[index], given = until - given, until
-            assert 0 <= counts[index] <= member.num_groups
-        assert given == budget
+        owed = 0
+        for index in (*indices, *indices):  # a second time for what the last ones could not give
+            wanted = counts[index] + owed
+            counts[index] = min(wanted, modules[index].max_removed)
+            owed = wanted - counts[index]
+        assert given == budget and not owed and all(counts[index] >= 0 for index in indices)
     return counts
 
 
 def grid(modules: Sequence[Grouped], counts: Sequence[int], iteration: int) -> list[tuple[int, ...]]:
     """The numbers of groups to remove at every level of each module, rising: the centre ``counts`` and steps on each side of
-    it, the last of them cut off at none and at all of the groups.
+    it, the last of them cut off at none and at all of the groups that can go.
 
     In the first iteration the steps, an eighth wide, go from none to all of the groups whatever the centre; the levels beyond
     the paper's four above it hold few columns, and without them nothing is known of sparser models. Later four a side.
@@ -124,11 +139,11 @@ def grid(modules: Sequence[Grouped], counts: Sequence[int], iteration: int) -> l
     for indices in trades_of(modules).values():
         step = step_of([modules[index] for index in indices], iteration)
         for index in indices:
-            width, centre = modules[index].num_groups, counts[index]
-            assert 0 <= centre <= width
+            width, most, centre = modules[index].num_groups, modules[index].max_removed, counts[index]
+            assert 0 <= centre <= most
             reach = -(-width // step) if iteration == 1 else LEVELS_A_SIDE
             around = (centre + number * step for number in range(-reach, reach + 1))
-            levels[index] = tuple(sorted({min(max(count, 0), width) for count in around}))
+            levels[index] = tuple(sorted({min(max(count, 0), most) for count in around}))
     return levels
 
 

@@ -64,8 +64,8 @@ def reshape_(model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
     Nothing grows: what is smaller keeps the first rows and columns, and a new bias is zero.
 
     Args:
-        shapes: ``removed``, what went by the path of each module; ``parameters``, shapes by name; ``numbers`` and ``configs``,
-            the integers that a module, or the config it reads, holds of its own, by the path of the module.
+        shapes: ``removed``, what went by the path of each module; ``parameters``, shapes by name, of buffers too; ``numbers``
+            and ``configs``, the integers that a module, or the config it reads, holds of its own, by the path of the module.
 
     Raises:
         ValueError: they do not fit the model.
@@ -110,9 +110,9 @@ def guard_(gone: nn.Module, owner: nn.Module) -> None:
 def _reshape_parameter_(model: PreTrainedModel, name: str, shape: Sequence[int]) -> None:
     path, _, leaf = name.rpartition(".")
     module = _module(model, path)
-    if leaf not in module._parameters:
+    if leaf not in module._parameters and module._buffers.get(leaf) is None:
         raise ValueError(f"the model has no parameter {name}")
-    before = module._parameters[leaf]
+    before: Tensor | None = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
     if before is None:
         width = model.config.get_text_config().hidden_size
         if len(shape) != 1 or not 0 < shape[0] <= width:
@@ -123,6 +123,9 @@ def _reshape_parameter_(model: PreTrainedModel, name: str, shape: Sequence[int])
         if len(shape) != before.ndim or not all(0 <= new <= old for new, old in zip(shape, before.shape, strict=True)):
             raise ValueError(f"{name} of shape {list(before.shape)} cannot be brought to {list(shape)}")
         after = before.detach()[tuple(slice(size) for size in shape)].clone(memory_format=torch.contiguous_format)
+        if leaf in module._buffers:
+            module._buffers[leaf] = after
+            return
     setattr(module, leaf, nn.Parameter(after, before is None or before.requires_grad))
     if leaf == "weight" and isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape

@@ -26,10 +26,11 @@ from llmprune.anatomy.blocks import HIDDEN
 from llmprune.anatomy.sites import Site
 from llmprune.devices import module_device
 from llmprune.errors import UnsupportedModel
+from llmprune.structured.experts import Mixture, slice_experts_, without
 from llmprune.structured.modeling import NoAttention, NoFFN
 from llmprune.structured.path import columns_of
 from llmprune.structured.stock import distance, rounding
-from llmprune.structured.units import HEAD_COUNTS, KV_HEAD_COUNTS, Module
+from llmprune.structured.units import HEAD_COUNTS, KV_HEAD_COUNTS, Module, Part
 from llmprune.structured.widths import FFN_WIDTHS, fields_of
 
 _HEAD_WIDTHS = ("split_size", "embed_dim", "kv_dim")  # of all heads together
@@ -39,7 +40,7 @@ _FAILURES = (AttributeError, IndexError, TypeError, ValueError, RuntimeError)
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of a module.
+    """What stays of a module or a mixture; of a mixture there is nothing but the experts that do.
 
     Attributes:
         kept_G: indices of the groups, rising, int64; none of them takes the whole module out.
@@ -72,14 +73,33 @@ def mask_(module: Module, cut: Cut) -> None:
     _set_bias_(module.consumer, cut.bias_O)
 
 
+@contextmanager
+def masked(model: PreTrainedModel, parts: Sequence[Part], cuts: Mapping[str, Cut]) -> Iterator[None]:
+    """While active the model does without what goes: modules have zeros there, which stay, and routers choose among the experts
+    that are kept.
+    """
+    for part in parts:
+        if isinstance(part, Module):
+            mask_(part, cuts[part.name])
+    mixtures = [part for part in parts if isinstance(part, Mixture)]
+    with without(model, mixtures, [cuts[mixture.name].kept_G.tolist() for mixture in mixtures]):
+        yield
+
+
 @torch.no_grad()
-def slice_(model: PreTrainedModel, module: Module, cut: Cut) -> None:
+def slice_(model: PreTrainedModel, module: Part, cut: Cut) -> None:
     """Take the other groups out of every matrix of the module, and out of what the module knows of its widths.
 
     The model then computes what it would with zeros in their place; its config still says the old widths. A module of which
     nothing stays is replaced by :class:`NoAttention` or :class:`NoFFN`, but for FFNs that add the residual themselves or lie in
     the block itself: they keep matrices of width 0. ``module`` no longer describes the model.
+
+    Raises:
+        UnsupportedModel: a mixture would be left with too few experts.
     """
+    if isinstance(module, Mixture):
+        slice_experts_(model, module, cut.kept_G.tolist())
+        return
     columns_K = _kept_columns(module, cut)
     owner = model.get_submodule(module.name)
     _set_bias_(module.consumer, cut.bias_O)
@@ -107,7 +127,7 @@ def slice_(model: PreTrainedModel, module: Module, cut: Cut) -> None:
 
 def slice_model_(
     model: PreTrainedModel,
-    modules: Sequence[Module],
+    modules: Sequence[Part],
     cuts: Mapping[str, Cut],
     input_ids_NS: Tensor,
     *,
@@ -122,9 +142,7 @@ def slice_model_(
         UnsupportedModel: they differ; the model in memory is then of no use.
     """
     chosen = [module for module in modules if module.name in cuts]
-    for module in chosen:
-        mask_(module, cuts[module.name])
-    with running():
+    with masked(model, chosen, cuts), running():
         reference = record_masked(model, chosen, input_ids_NS.to(module_device(model)))
     for module in chosen:
         slice_(model, module, Cut(cuts[module.name].kept_G))
@@ -133,14 +151,15 @@ def slice_model_(
 
 
 @torch.no_grad()
-def record_masked(model: PreTrainedModel, modules: Iterable[Module], input_ids_NS: Tensor) -> Reference:
+def record_masked(model: PreTrainedModel, modules: Iterable[Part], input_ids_NS: Tensor) -> Reference:
     """Run a masked model and keep what :func:`check_sliced` compares a sliced one with.
 
     Raises:
         UnsupportedModel: a module is not called, so that nothing could be compared; names it.
     """
     reference = Reference(input_ids_NS, {}, {})
-    names = [module.name for module in modules]
+    # Of a mixture what holds it is compared: the numbers of experts that it is handed change.
+    names = list(dict.fromkeys(part.owner if isinstance(part, Mixture) else part.name for part in modules))
 
     def before(name: str, args: Any, kwargs: Any) -> None:
         reference.hidden[name] = _hidden(args, kwargs).clone()

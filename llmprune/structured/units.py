@@ -3,7 +3,7 @@
 Two kinds of module are understood. Of an attention the unit is a kv group: one key-value head and the query heads that read it,
 so that their ratio stays; where all query heads read one key-value head, or keys and values come from a latent, it is a query
 head. Of an FFN it is a channel of the inner width. Both end in a matrix whose input columns are the groups, the consumer, fed
-by matrices whose rows are, the producers.
+by matrices whose rows are, the producers. Of a mixture it is an expert (:mod:`llmprune.structured.experts`).
 
 What else depends on these widths cannot be told from shapes alone. So the search is strict: every matrix of a module must have
 its place in it, every other parameter inside must be known to be free of its widths, and a module of which this does not hold
@@ -30,6 +30,7 @@ from llmprune.anatomy.blocks import Stack
 from llmprune.anatomy.folds import VALUE, value_head_dim
 from llmprune.anatomy.sites import Site
 from llmprune.errors import UnsupportedModel
+from llmprune.structured.experts import Mixture, experts_of
 from llmprune.structured.levels import Kind
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -102,30 +103,63 @@ class Module:
         rows = sum(part.rows_GR.shape[1] * (part.site.shape[1] + _has_bias(part.site)) for part in self.producers)
         return rows + self.group_size * self.consumer.shape[0] + self.num_query_heads * len(self.per_head)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which it can be skipped."""
+        return self.name, self.consumer.name, *(part.site.name for part in self.producers)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Matrices that a level has weights of its own for: the consumer."""
+        return (self.consumer,)
+
+    @property
+    def multiple(self) -> int:
+        """1: its groups do not depend on each other."""
+        return 1
+
+    @property
+    def max_removed(self) -> int:
+        """All of them."""
+        return self.num_groups
+
+
+Part = Module | Mixture
+"""What groups go from."""
+
 
 @dataclass(frozen=True)
 class Units:
-    """The modules of a model that can be pruned, in the order of the blocks, and why those left whole are, by name."""
+    """The modules and mixtures of a model that can be pruned, in the order of the blocks, and why others are left whole, by
+    name.
+    """
 
     modules: tuple[Module, ...]
     left: dict[str, str] = field(default_factory=dict)
+    mixtures: tuple[Mixture, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of them, block by block, mixtures last."""
+        return tuple(sorted((*self.modules, *self.mixtures), key=lambda part: (part.block, part.kind == "experts")))
 
 
 class _NotUnderstood(Exception):
     """A module has to stay whole; the message says why."""
 
 
-def find_units(model: PreTrainedModel, stack: Stack) -> Units:
+def find_units(model: PreTrainedModel, stack: Stack, *, experts: bool = False) -> Units:
     """All attention modules and FFNs of the blocks that are understood; works on ``meta`` weights.
 
-    The others are left whole: mixtures of experts, state space and convolution mixers, and what has a weight that is coupled in
-    a way that is not known.
+    The others are left whole: state space and convolution mixers, and what has a weight that is coupled in a way that is not
+    known. So are mixtures of experts, but with ``experts`` those that can lose some.
 
     Raises:
         UnsupportedModel: nothing is understood; names a weight.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     modules: list[Module] = []
+    mixtures: list[Mixture] = []
     left: dict[str, str] = {}
     for index, block in enumerate(stack.blocks):
         for name, sites in _by_owner(stack.sites[index], stack.name(index)).items():
@@ -134,27 +168,58 @@ def find_units(model: PreTrainedModel, stack: Stack) -> Units:
                 modules.append(_module(model, name, index, owner, sites, inline=owner is block, uses=uses))
             except _NotUnderstood as reason:
                 left[name] = str(reason)
-    if not modules:
+        if experts:
+            try:
+                mixtures += _mixtures(model, stack, index, left, uses)
+            except UnsupportedModel as reason:
+                left[stack.name(index)] = str(reason)
+    if not modules and not mixtures:
         name, why = next(iter(left.items()))
         raise UnsupportedModel(
             f"structured pruning understands no module of {type(model).__name__}; e.g. {name}: {why}. It takes heads out of "
             "attention of q, k, v and o projections, and channels out of FFNs of up, gate and down projections. Choose another "
             "pattern."
         )
-    return Units(tuple(modules), left)
+    return Units(tuple(modules), left, tuple(mixtures))
 
 
 def select_units(units: Units, skip: Sequence[str]) -> Units:
     """Those units of which no glob matches the module's name or that of one of its matrices; the others are left whole."""
-    modules, left = [], dict(units.left)
-    for module in units.modules:
-        names = (module.name, module.consumer.name, *(part.site.name for part in module.producers))
-        glob = next((glob for glob in skip if any(fnmatchcase(name, glob) for name in names)), None)
-        if glob is None:
-            modules.append(module)
-        else:
-            left[module.name] = f"it is skipped by {glob}"
-    return Units(tuple(modules), left)
+    left = dict(units.left)
+
+    def stays(part: Part) -> bool:
+        glob = next((glob for glob in skip if any(fnmatchcase(name, glob) for name in part.names)), None)
+        if glob is not None:
+            left[part.name] = f"it is skipped by {glob}"
+        return glob is None
+
+    modules, mixtures = tuple(filter(stays, units.modules)), tuple(filter(stays, units.mixtures))
+    return Units(modules, left, mixtures)
+
+
+def keep_experts(units: Units, why: str) -> Units:
+    """The units without the mixtures, which are left whole for this reason."""
+    return Units(units.modules, units.left | {mixture.name: why for mixture in units.mixtures})
+
+
+def _mixtures(
+    model: PreTrainedModel, stack: Stack, index: int, left: dict[str, str], uses: Counter[int]
+) -> tuple[Mixture, ...]:
+    """The mixture of a block, or none; of what is ``left`` around it only what stands beside its experts still is."""
+    found = experts_of(model, stack, index)
+    for mixture in found:
+        own = dict(model.get_submodule(mixture.owner).named_parameters(prefix=mixture.owner))
+        shared = next((path for path, _ in mixture.entries if path in own and uses[id(own[path])] > 1), None)
+        if shared:
+            raise UnsupportedModel(f"{shared} is shared with another module")
+        others = [site.name for site in stack.sites[index] if site.expert is None and site.name.startswith(f"{mixture.owner}.")]
+        if mixture.experts in left:
+            del left[mixture.experts]
+        elif mixture.owner in left:
+            del left[mixture.owner]
+            if others:
+                left[mixture.owner] = f"its experts can go, what stands beside them stays ({', '.join(others)})"
+    return found
 
 
 def _by_owner(sites: Sequence[Site], block: str) -> dict[str, list[Site]]:

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.errors import UnsupportedModel
+from llmprune.structured.experts import EXPERT_COUNTS, Mixture
 from llmprune.structured.stock import changed_config, stock_model
-from llmprune.structured.units import Module
+from llmprune.structured.units import Module, Part
 
 FFN_WIDTHS = (
     "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "intermediate_size_mlp", "dense_intermediate_size",
@@ -21,7 +22,7 @@ FFN_WIDTHS = (
 )  # fmt: skip
 
 
-def uniform_fields(model: PreTrainedModel, modules: Sequence[Module], kept: Mapping[str, int]) -> dict[str, int]:
+def uniform_fields(model: PreTrainedModel, modules: Sequence[Part], kept: Mapping[str, int]) -> dict[str, int]:
     """The fields of the config, with their values, that describe the model once so many groups are left in each module.
 
     Args:
@@ -60,14 +61,21 @@ def uniform_fields(model: PreTrainedModel, modules: Sequence[Module], kept: Mapp
         stock = stock_model(model, values)
     except UnsupportedModel as error:
         attention = next((module for module in cut if module.kind == "attention"), None)
-        if attention is None:
+        if not isinstance(attention, Module):
             raise
         taken = ", ".join(map(str, uniform_counts(model, attention)))
         groups = f"{attention.num_groups} {'query heads' if attention.multi_query else 'kv groups'}"
         raise UnsupportedModel(f"{error} Of {groups} it takes {taken}.") from error
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for module in cut:
-        shapes |= _shapes_of(module, counts[module.name])
+        if isinstance(module, Mixture):
+            shapes |= {
+                path: [counts[module.name] if at == axis else size for at, size in enumerate(shapes[path])]
+                for path, axis in module.entries
+                if path in shapes  # buffers are not
+            }
+        else:
+            shapes |= _shapes_of(module, counts[module.name])
     _check_shapes(model, stock, shapes, values)
     return values
 
@@ -95,7 +103,7 @@ def uniform_counts(model: PreTrainedModel, module: Module) -> tuple[int, ...]:
     return tuple(taken)
 
 
-def describe_(model: PreTrainedModel, modules: Sequence[Module], fields: Mapping[str, int]) -> None:
+def describe_(model: PreTrainedModel, modules: Sequence[Part], fields: Mapping[str, int]) -> None:
     """Have the config of a sliced model say its widths, so that ``save_pretrained`` writes a checkpoint of the stock class.
 
     The class is built from the new config without memory, and must give every parameter the shape it has, and every module
@@ -106,27 +114,32 @@ def describe_(model: PreTrainedModel, modules: Sequence[Module], fields: Mapping
     """
     stock = stock_model(model, fields)
     _check_shapes(model, stock, {name: list(parameter.shape) for name, parameter in model.named_parameters()}, fields)
-    for module in modules:
-        ours, theirs = _numbers(model.get_submodule(module.name)), _numbers(stock.get_submodule(module.name))
+    for path in dict.fromkeys(path for module in modules for path in _counting(module)):
+        ours, theirs = _numbers(model.get_submodule(path)), _numbers(stock.get_submodule(path))
         for key in sorted(ours.keys() & theirs.keys()):
             if ours[key] != theirs[key]:
-                raise _cannot_say(model, fields, f"{key} of {module.name}", ours[key], theirs[key])
+                raise _cannot_say(model, fields, f"{key} of {path}", ours[key], theirs[key])
     text = model.config.get_text_config()
     for field, value in fields.items():
         setattr(text, field, value)
     for module in modules:
         owner = model.get_submodule(module.name)
-        if module.fused and hasattr(owner, "config"):
+        if isinstance(module, Module) and module.fused and hasattr(owner, "config"):
             owner.config = text
 
 
-def fields_of(text: PreTrainedConfig, module: Module, kept: int) -> dict[str, int]:
+def fields_of(text: PreTrainedConfig, module: Part, kept: int) -> dict[str, int]:
     """The fields that say what one module is with ``kept`` of its groups; head_dim too, as it no longer follows from others.
     A field of None stands for a width that follows from others, such as GPT-2's.
 
     Raises:
-        UnsupportedModel: there is no field for its channels.
+        UnsupportedModel: there is no field for its channels or experts.
     """
+    if isinstance(module, Mixture):
+        fields = {field: kept for field in EXPERT_COUNTS if getattr(text, field, None) == module.num_experts}
+        if not fields:
+            raise UnsupportedModel(f"the config of {text.model_type} has no field for the {module.num_experts} experts.")
+        return fields
     if module.kind == "ffn":
         known = [field for field in FFN_WIDTHS if getattr(text, field, 0) in (module.num_groups, None)]
         field = next((field for field in known if getattr(text, field) is not None), known[0] if known else None)
@@ -167,6 +180,11 @@ def _check_shapes(
     for name, shape in shapes.items():
         if theirs.get(name) != shape:
             raise _cannot_say(model, fields, name, shape, theirs.get(name))
+
+
+def _counting(module: Part) -> tuple[str, ...]:
+    """Paths of the modules that remember its widths."""
+    return (module.owner, module.router, module.experts) if isinstance(module, Mixture) else (module.name,)
 
 
 def _numbers(owner: nn.Module) -> dict[str, float]:

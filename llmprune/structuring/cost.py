@@ -15,6 +15,7 @@ from llmprune.engines.tyr_settings import path_flops, search_tokens
 from llmprune.patterns import Pattern
 from llmprune.spec import PruneConfig
 from llmprune.structured.levels import grid
+from llmprune.structured.units import Module
 from llmprune.structuring.blocks import DEPTH_TOKENS
 from llmprune.structuring.groups import budget_of_shapes, max_search_tokens, settings_of, units_of, widths_of
 
@@ -75,20 +76,21 @@ def structure_cost(config: PruneConfig, model: PreTrainedModel, stack: Stack, si
 
 def _tyr(config: PruneConfig, model: PreTrainedModel, stack: Stack, sizes: Sizes) -> Cost:
     """Supernets: two forwards of the calibration text, the Gram matrices and the nested paths. Searches: candidates' tokens."""
-    modules = units_of(config, model, stack).modules
-    settings, widths = settings_of(config), widths_of(config, model, modules)
+    units = units_of(config, model, stack)
+    modules, settings, widths = units.parts, settings_of(config), widths_of(config, model, units.modules)
     budget = budget_of_shapes(config, modules)
     grids = [grid(modules, budget.fit(budget.centre(), number), number) for number in range(1, settings.iterations + 1)]
     racks = racks_of(modules, grids[0] if grids else [(count,) for count in budget.centre()])
-    paths = sum(path_flops(rack.module, rack.counts) for rack in racks)
-    grams = 2.0 * sizes.num_tokens * sum(module.consumer.shape[1] ** 2 for module in modules)
+    paths = sum(path_flops(rack.module, rack.counts) for rack in racks if isinstance(rack.module, Module))
+    grams = 2.0 * sizes.num_tokens * sum(module.consumer.shape[1] ** 2 for module in units.modules)
     supernets = min(settings.iterations, 1) if widths else settings.iterations
     supernets += 1 if settings.settle or not settings.iterations else 0
     tokens = sizes.some(max_search_tokens(config))
     num_levels = [sum(count > 0 for own in levels for count in own) for levels in grids]
     searched = (len(widths) + 3) * tokens if widths else search_tokens(settings, tokens, num_levels)
-    flops = supernets * (2 * sizes.num_tokens * sizes.forward + grams + paths) + searched * (sizes.forward + sizes.head)
-    widest = max((module.consumer.shape for module in modules), key=lambda shape: shape[1])
+    walks = 4 if units.mixtures else 2  # to score experts: a forward of each block, and the chosen experts once more
+    flops = supernets * (walks * sizes.num_tokens * sizes.forward + grams + paths) + searched * (sizes.forward + sizes.head)
+    widest = max((module.consumer.shape for module in units.modules), key=lambda shape: shape[1], default=(0, 0))
     working = 8 * (3 * widest[1] ** 2 + 4 * widest[0] * widest[1])  # fp64: Gram, inverse, factor; weights, pull, change, copy
     on_shelves = level_bytes(racks)
     hidden = (sizes.num_tokens + tokens) * sizes.hidden_bytes

@@ -19,7 +19,7 @@ from llmprune.measure.dispatch import dispatched
 from llmprune.patterns import Structure, num_pruned
 from llmprune.spec import PruneConfig
 from llmprune.structure import ModuleReport
-from llmprune.structured.experts import Mixture, find_experts, least_experts, remove_experts_
+from llmprune.structured.experts import Mixture, find_experts, remove_experts_
 from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting
 
 
@@ -59,7 +59,7 @@ class Experts:
         warnings, tensors = [], {}
         for mixture, score in zip(self.mixtures, scores, strict=True):
             worth_E = score.saliency_E if setting.config.method == "reap" else score.count_E.double()
-            kept = best_experts(worth_E, num_kept(setting.config, mixture), mixture.num_groups)
+            kept = best_experts(worth_E, num_kept(setting.config, mixture), mixture.route_groups)
             tensors[mixture.experts] = torch.tensor(kept)
             if unseen := int((score.count_E[kept] == 0).sum()):
                 warnings.append(
@@ -75,7 +75,7 @@ class Experts:
         modules = [
             ModuleReport(
                 name=mixture.experts, block=mixture.block, unit="expert", num_groups=mixture.num_experts, num_kept=len(own),
-                parameters_per_group=_parameters_per_expert(model, mixture),
+                parameters_per_group=mixture.parameters_per_group,
             )
             for mixture, own in zip(self.mixtures, kept, strict=True)
         ]  # fmt: skip
@@ -96,18 +96,11 @@ def num_kept(config: PruneConfig, mixture: Mixture) -> int:
     Raises:
         ConfigError: none would go, or fewer stay than a token needs.
     """
-    groups, least = mixture.num_groups, least_experts(mixture)
+    groups, most = mixture.route_groups, mixture.max_removed
     gone = groups * num_pruned(mixture.num_experts // groups, config.sparsity)
-    most = mixture.num_experts - least
     if not 0 < gone <= most:
         raise ConfigError(
             f"sparsity {config.sparsity:g} of the {mixture.num_experts} experts of {mixture.experts} is {gone}, and {groups} "
             f"to {most} can go, as {mixture.top_k} are chosen for every token. Choose another --sparsity."
         )
     return mixture.num_experts - gone
-
-
-def _parameters_per_expert(model: PreTrainedModel, mixture: Mixture) -> int:
-    sizes = {path: parameter.numel() for path, parameter in model.named_parameters()}
-    total: int = sum(sizes.get(path, 0) for path, _ in mixture.entries)
-    return total // mixture.num_experts

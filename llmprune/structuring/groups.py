@@ -1,4 +1,4 @@
-"""Pattern ``structured``: groups of attention heads and channels of FFNs go, by Týr, FLAP or magnitude."""
+"""Pattern ``structured``: groups of attention heads and channels of FFNs go, by Týr, FLAP or magnitude; by Týr experts too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.anatomy.blocks import Stack
+from llmprune.anatomy.blocks import Stack, eager_experts
 from llmprune.engines.flap import structural_cuts
 from llmprune.engines.tyr import Round, Step, Tyr
 from llmprune.engines.tyr_settings import PRESETS, TyrSettings
@@ -26,10 +26,11 @@ from llmprune.spec import PruneConfig
 from llmprune.structure import FrontPoint, IterationReport, ModuleReport, Unit
 from llmprune.structured.budget import Budget
 from llmprune.structured.free import describe_free_, is_free
+from llmprune.structured.levels import Kind
 from llmprune.structured.scores import parameters_that_go
 from llmprune.structured.slicing import Cut, slice_model_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
-from llmprune.structured.units import Module, Units, find_units, select_units
+from llmprune.structured.units import Module, Part, Units, find_units, keep_experts, select_units
 from llmprune.structured.widths import describe_, uniform_counts, uniform_fields
 from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting, head_of, search_texts
 
@@ -47,7 +48,7 @@ class Groups:
     def __post_init__(self) -> None:
         setting, config = self.setting, self.setting.config
         self.units = units_of(config, setting.model, setting.stack)
-        self.modules = list(self.units.modules)
+        self.modules = list(self.units.parts)
         message = left_message(self.units, not_understood(config, setting.model, setting.stack))
         self.warnings = [message] if message else []
         self.state = setting.recorded() or {"done": 0, "seconds": 0.0}
@@ -71,7 +72,7 @@ class Groups:
     @cached_property
     def widths(self) -> list[Widths] | None:
         """The pairs of widths to choose from, where all layers are to be alike."""
-        return widths_of(self.setting.config, self.setting.model, self.modules, self.budget)
+        return widths_of(self.setting.config, self.setting.model, self.units.modules, self.budget)
 
     @property
     def total(self) -> int:
@@ -108,9 +109,11 @@ class Groups:
         removable = sum(module.num_groups * module.parameters_per_group for module in self.modules)
         gone = sum((module.num_groups - kept[module.name]) * module.parameters_per_group for module in self.modules)
         fields = self._fields(kept)
-        slice_model_(
-            model, self.modules, changed, setting.ids_NS[:1, :CHECK_TOKENS], running=lambda: dispatched(model, setting.device)
-        )
+        with eager_experts(model):
+            slice_model_(
+                model, self.modules, changed, setting.ids_NS[:1, :CHECK_TOKENS],
+                running=lambda: dispatched(model, setting.device),
+            )  # fmt: skip
         stock = bool(changed) and self._describe_(fields)
         return {
             "modules": [module.model_dump() for module in modules], "left": self.units.left, "num_removable": removable,
@@ -152,7 +155,7 @@ class Groups:
             counts = taken.removed(self.modules)
             self._tell(taken)
         running = structural_cuts(
-            known, setting.stack, self.modules, setting.record() if method == "flap" else None, setting.device,
+            known, setting.stack, self.units.modules, setting.record() if method == "flap" else None, setting.device,
             sparsity=setting.config.sparsity, counts=counts, with_bias=self.widths is None,
         )  # fmt: skip
         while True:
@@ -219,7 +222,7 @@ class Groups:
 
     def _measure_costs(self) -> dict[str, float]:
         with dispatched(self.setting.model, self.setting.device):
-            return seconds_per_group(self.setting.model, self.modules)
+            return seconds_per_group(self.setting.model, self.units.modules)
 
     def _group_seconds(self) -> dict[Unit, float]:
         """The mean of each kind's modules; empty where nothing was timed."""
@@ -236,8 +239,12 @@ def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units
     Raises:
         UnsupportedModel: there are none.
     """
-    units = select_units(find_units(model, stack), config.skip)
-    if not units.modules:
+    units = select_units(find_units(model, stack, experts=config.method == "tyr"), config.skip)
+    if config.widths == "uniform":
+        units = keep_experts(units, "its experts stay where all layers keep the same widths; use --widths free")
+    elif config.budget == "latency":
+        units = keep_experts(units, "its experts cost no time: a token goes through as many, however many there are")
+    if not units.parts:
         name, why = next(iter(units.left.items()))
         raise UnsupportedModel(
             f"nothing to take out: all {len(units.left)} modules are left whole, by --skip or as they are not understood, e.g. "
@@ -248,7 +255,7 @@ def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units
 
 def not_understood(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> dict[str, str]:
     """Why modules are left whole that no glob of ``--skip`` names, by name."""
-    left = find_units(model, stack).left
+    left = find_units(model, stack, experts=config.method == "tyr").left
     return {name: why for name, why in left.items() if not any(fnmatchcase(name, glob) for glob in config.skip)}
 
 
@@ -293,12 +300,12 @@ def check_share(config: PruneConfig, units: Units) -> None:
     if config.method == "flap":
         parameters_that_go(units.modules, config.sparsity)
         return
-    counts = budget_of_shapes(config, units.modules).centre()
-    if not units.left and all(count == module.num_groups for count, module in zip(counts, units.modules, strict=True)):
+    counts = budget_of_shapes(config, units.parts).centre()
+    if not units.left and all(count == part.num_groups for count, part in zip(counts, units.parts, strict=True)):
         raise ConfigError(f"sparsity {config.sparsity:g} takes out all groups of all modules. Use a lower --sparsity.")
 
 
-def budget_of_shapes(config: PruneConfig, modules: Sequence[Module]) -> Budget:
+def budget_of_shapes(config: PruneConfig, modules: Sequence[Part]) -> Budget:
     """The job's, but parameters in place of seconds, which are not known before the model runs."""
     return Budget.of(modules, config.sparsity, "parameters" if config.budget == "latency" else config.budget)
 
@@ -330,12 +337,15 @@ def cuts_of(tensors: Mapping[str, Tensor]) -> dict[str, Cut]:
     return {name: Cut(**own) for name, own in parts.items()}
 
 
-def unit_of(module: Module) -> Unit:
+def unit_of(module: Part) -> Unit:
     """What one of its groups is."""
-    return "channel" if module.kind == "ffn" else "query head" if module.multi_query else "kv group"
+    if isinstance(module, Module) and module.multi_query:
+        return "query head"
+    units: dict[Kind, Unit] = {"attention": "kv group", "ffn": "channel", "experts": "expert"}
+    return units[module.kind]
 
 
-def report_of(module: Module, num_kept: int) -> ModuleReport:
+def report_of(module: Part, num_kept: int) -> ModuleReport:
     """What the report says of a module before it is sliced."""
     return ModuleReport(
         name=module.name, block=module.block, unit=unit_of(module), num_groups=module.num_groups, num_kept=num_kept,
@@ -359,5 +369,5 @@ def detail_of(step: Step) -> str:
     return text if step.divergence is None else f"{text}: KL {step.divergence:.4f}"
 
 
-def _changes(module: Module, cut: Cut) -> bool:
+def _changes(module: Part, cut: Cut) -> bool:
     return len(cut.kept_G) < module.num_groups or cut.weight_OK is not None or cut.bias_O is not None

@@ -174,6 +174,28 @@ def test_experts_go_whole(method: str, moe_model_dir: Path, job: dict[str, Any],
     assert report.sparsity == 0.25
 
 
+def test_tyr_takes_experts_out_too(moe_model_dir: Path, job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """Of all mixtures alike, by the config; of some by the code in the checkpoint, with attention; or of none, and why."""
+    options = job | {"model": str(moe_model_dir), "method": "tyr", "sparsity": 0.25}
+    alike = llmprune.prune(**options, tyr_preset="local", skip=("*self_attn*",), out=tmp_path / "alike")
+    assert alike.structure is not None and alike.structure.stock and alike.sparsity == 0.25
+    assert [(one.unit, one.num_groups, one.num_kept) for one in alike.structure.modules] == [("expert", 4, 3)] * 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "alike")
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (3, 2)
+    assert model.num_parameters() == alike.structure.num_parameters
+    search = {"tyr_iterations": 1, "tyr_generations": 1, "tyr_offspring": 4}
+    report = llmprune.prune(**options, **search, budget="parameters", out=tmp_path / "free")
+    structure = report.structure
+    assert structure is not None and {one.unit for one in structure.modules} == {"expert", "kv group"}
+    assert 0.25 <= report.sparsity < 0.5 and "experts of 1" in structure.iterations[0].steps
+    loaded = llmprune.load(tmp_path / "free")
+    assert loaded.num_parameters() == structure.num_parameters == structure.num_parameters_dense - structure.num_removed
+    assert cli("plan", moe_model_dir, "--method", "tyr", "--calibration", job["calibration"], "--no-eval").code == 0
+    for asked, why in ({"widths": "uniform"}, "--widths free"), ({"budget": "latency"}, "cost no time"):
+        whole = llmprune.prune(**options | {"sparsity": 0.5}, tyr_preset="local", out=tmp_path / why, **asked)
+        assert whole.structure is not None and why in whole.structure.left["model.layers.0.mlp.experts"]
+
+
 def test_a_stopped_search_goes_on_to_the_same_bytes(whole: tuple[Report, bytes], job: dict[str, Any], tmp_path: Path) -> None:
     """Stopped at every generation in turn, and after the choice: the checkpoint is the uninterrupted run's."""
     options = {**job, **TYR, "sparsity": 0.25}
@@ -356,7 +378,8 @@ def test_what_is_left_whole_is_told(
     report = llmprune.prune(**options)
     (warning,) = [message for message in report.warnings if "left whole" in message]
     assert warning.startswith(words) and report.structure is not None and len(report.structure.left) == 2
-    plan = cli("plan", folder, "--pattern", "structured", "--calibration", job["calibration"], "--no-eval")
+    asked = ("--method", "magnitude", "--pattern", "structured", "--calibration", job["calibration"], "--no-eval")
+    plan = cli("plan", folder, *asked)
     assert "Left whole" in plan.out and "2 modules, e.g. model.layers.0" in plan.out
     skipped = llmprune.prune(**options, skip=(f"*.{left}",))
     assert not any("left whole" in message for message in skipped.warnings)

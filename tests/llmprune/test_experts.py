@@ -165,7 +165,7 @@ def test_groups_stay_equal() -> None:
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
     mixtures = _mixtures(model)
-    assert [(one.num_experts, one.num_groups, least_experts(one)) for one in mixtures] == [(8, 2, 4)] * len(mixtures)
+    assert [(one.num_experts, one.route_groups, least_experts(one)) for one in mixtures] == [(8, 2, 4)] * len(mixtures)
     with pytest.raises(UnsupportedModel, match="equally many in each of 2"):
         remove_experts_(model, mixtures, [[0, 1, 2, 3, 4, 5]] * len(mixtures), _ids())
     remove_experts_(model, mixtures, [[0, 1, 3, 4, 6, 7]] * len(mixtures), _ids())

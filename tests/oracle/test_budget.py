@@ -32,6 +32,13 @@ class Module:
     parameters_per_group: int
     group_size: int = 1
     name: str = "m"
+    multiple: int = 1
+    needed: int = 0
+
+    @property
+    def max_removed(self) -> int:
+        """All but those that have to stay."""
+        return self.num_groups - self.needed
 
 
 def _layers(

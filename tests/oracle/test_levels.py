@@ -29,6 +29,13 @@ class Module:
     kind: Kind
     num_groups: int
     group_size: int = 1
+    multiple: int = 1
+    needed: int = 0
+
+    @property
+    def max_removed(self) -> int:
+        """All but those that have to stay."""
+        return self.num_groups - self.needed
 
 
 def _heads(number: int, num_modules: int = 4) -> list[Module]:
@@ -102,6 +109,7 @@ MODULES = st.lists(
     st.one_of(
         st.builds(Module, st.just("attention"), st.integers(1, 40), st.sampled_from([64, 128])),
         st.builds(Module, st.just("ffn"), st.sampled_from([7, 64, 96, 128, 256, 2730, 4864])),
+        st.builds(Module, st.just("experts"), st.sampled_from([8, 64, 160]), st.just(1), st.just(4)),
     ),
     min_size=1,
     max_size=12,
@@ -132,6 +140,18 @@ def test_budgets_are_exact_and_trades_even(modules: list[Module], sparsity: floa
             assert all(count % quantum == 0 for count in own)
             for before, after in itertools.pairwise(own):
                 assert after - before == step or (0 < after - before < step and (before == 0 or after == width))
+
+
+def test_what_has_to_stay_is_given_by_others() -> None:
+    """Of mixtures of 8, 4 and 8 experts of which two have to stay three quarters cannot go from each: the others give more."""
+    mixtures = [Module("experts", 8, needed=2), Module("experts", 4, needed=3), Module("experts", 8, needed=2)]
+    assert centres(mixtures, 0.6) == [5, 1, 6]
+    assert centres(list(reversed(mixtures)), 0.6) == [5, 1, 6]
+    assert [own[-1] for own in grid(mixtures, [5, 1, 6], 1)] == [6, 1, 6]
+    assert sum(centres(mixtures, 0.9)) == 13
+    grouped = [Module("experts", 16, multiple=4, needed=8)] * 2
+    assert quantum_of(grouped) == 4 and centres(grouped, 0.4) == [8, 4]
+    assert grid(grouped, [8, 4], 1) == [(0, 4, 8)] * 2
 
 
 def test_chunks() -> None:
