@@ -25,8 +25,8 @@ from llmprune.patterns import Structure
 from llmprune.spec import PruneConfig
 from llmprune.structure import FrontPoint, IterationReport, ModuleReport, Unit
 from llmprune.structured.budget import Budget
+from llmprune.structured.experts import Mixture
 from llmprune.structured.free import describe_free_, is_free
-from llmprune.structured.levels import Kind
 from llmprune.structured.scores import parameters_that_go
 from llmprune.structured.slicing import Cut, slice_model_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
@@ -239,11 +239,7 @@ def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units
     Raises:
         UnsupportedModel: there are none.
     """
-    units = select_units(find_units(model, stack, experts=config.method == "tyr"), config.skip)
-    if config.widths == "uniform":
-        units = keep_experts(units, "its experts stay where all layers keep the same widths; use --widths free")
-    elif config.budget == "latency":
-        units = keep_experts(units, "its experts cost no time: a token goes through as many, however many there are")
+    units = select_units(_found_units(config, model, stack), config.skip)
     if not units.parts:
         name, why = next(iter(units.left.items()))
         raise UnsupportedModel(
@@ -253,9 +249,19 @@ def units_of(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units
     return units
 
 
+def _found_units(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> Units:
+    """All there are, experts where the method and its budget know what to do with them."""
+    units = find_units(model, stack, experts=config.method == "tyr")
+    if config.widths == "uniform":
+        return keep_experts(units, "its experts stay where all layers keep the same widths; use --widths free")
+    if config.budget == "latency":
+        return keep_experts(units, "its experts cost no time: a token goes through as many, however many there are")
+    return units
+
+
 def not_understood(config: PruneConfig, model: PreTrainedModel, stack: Stack) -> dict[str, str]:
     """Why modules are left whole that no glob of ``--skip`` names, by name."""
-    left = find_units(model, stack, experts=config.method == "tyr").left
+    left = _found_units(config, model, stack).left
     return {name: why for name, why in left.items() if not any(fnmatchcase(name, glob) for glob in config.skip)}
 
 
@@ -263,8 +269,9 @@ def left_message(units: Units, others: Mapping[str, str]) -> str | None:
     """What to tell of modules that are left whole though nobody asked for it; None where there are none."""
     if not others:
         return None
-    kinds = {module.kind for module in units.modules}
-    only = "only FFNs are sliced, no attention: " if "ffn" in kinds else "only attention is sliced, no FFN: "
+    kinds = {part.kind for part in units.parts}
+    what = {"ffn": "FFNs are sliced, no attention", "attention": "attention is sliced, no FFN", "experts": "experts go"}
+    only = f"only {what[min(kinds)]}: "
     number = "1 module is" if len(others) == 1 else f"{len(others)} modules are"
     name, why = next(iter(others.items()))
     return f"{only if len(kinds) == 1 else ''}{number} left whole, e.g. {name}: {why}."
@@ -301,7 +308,7 @@ def check_share(config: PruneConfig, units: Units) -> None:
         parameters_that_go(units.modules, config.sparsity)
         return
     counts = budget_of_shapes(config, units.parts).centre()
-    if not units.left and all(count == part.num_groups for count, part in zip(counts, units.parts, strict=True)):
+    if not units.left and all(count == module.num_groups for count, module in zip(counts, units.parts, strict=True)):
         raise ConfigError(f"sparsity {config.sparsity:g} takes out all groups of all modules. Use a lower --sparsity.")
 
 
@@ -339,10 +346,9 @@ def cuts_of(tensors: Mapping[str, Tensor]) -> dict[str, Cut]:
 
 def unit_of(module: Part) -> Unit:
     """What one of its groups is."""
-    if isinstance(module, Module) and module.multi_query:
-        return "query head"
-    units: dict[Kind, Unit] = {"attention": "kv group", "ffn": "channel", "experts": "expert"}
-    return units[module.kind]
+    if isinstance(module, Mixture):
+        return "expert"
+    return "channel" if module.kind == "ffn" else "query head" if module.multi_query else "kv group"
 
 
 def report_of(module: Part, num_kept: int) -> ModuleReport:
