@@ -111,8 +111,8 @@ class PruneConfig(BaseModel):
     )
     budget: StructureBudget = Field(
         "kinds",
-        description="Method tyr: sparsity is a share of the groups of attention and of FFNs each ('kinds'), or together of "
-        "their 'parameters' or measured 'latency'.",
+        description="Method tyr: sparsity is a share of the groups of attention, of FFNs and of experts each ('kinds'), or "
+        "together of their 'parameters' or measured 'latency'.",
     )
     tyr_preset: TyrPreset = Field(
         "standard",
