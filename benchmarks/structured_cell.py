@@ -1,0 +1,69 @@
+"""What a cell of `make bench-structured` keeps beside its quality: sizes, the search, and what the plan says of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llmprune.engines.supernet import level_bytes, racks_of
+from llmprune.engines.tyr_settings import generation_tokens
+from llmprune.job import Job
+from llmprune.report import Report
+from llmprune.structured.budget import Budget
+from llmprune.structured.levels import grid
+from llmprune.structuring.choice import search_texts
+from llmprune.structuring.groups import max_search_tokens, settings_of, units_of
+
+FORWARDS = 5
+
+
+def planned(job: Job) -> dict[str, Any]:
+    """Of Týr on a dense model that is in memory: the token-forwards of a generation, the seconds of one such forward, and the
+    bytes of every supernet, as `llmprune plan` counts them. Nothing of any other job.
+    """
+    config, model = job.config, job.model
+    if config.method != "tyr":
+        return {}
+    assert model is not None
+    chunks = search_texts(job.calibration.ids_NS, max_search_tokens(config))
+    modules = units_of(config, model, job.stack).modules
+    budget, settings = Budget.of(modules, config.sparsity, config.budget), settings_of(config)
+    racks = [
+        racks_of(modules, grid(modules, budget.fit(budget.centre(), number), number))
+        for number in range(1, settings.iterations + 1)
+    ]
+    return {
+        "generation_tokens": generation_tokens(settings, sum(ids_NS.numel() for ids_NS in chunks)),
+        "forward_seconds": forward_seconds(model, chunks[0]),
+        "supernet_bytes": [level_bytes(own) for own in racks],
+    }
+
+
+@torch.no_grad()
+def forward_seconds(model: PreTrainedModel, ids_NS: torch.Tensor) -> float:
+    """Of a token in a plain forward of the whole model, its head included: the median of a few."""
+    times = []
+    for _ in range(FORWARDS):
+        begun = time.perf_counter()
+        model(input_ids=ids_NS, use_cache=False)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times) / ids_NS.numel()
+
+
+def found(report: Report, plan: dict[str, Any]) -> dict[str, Any]:
+    """The part of the report that the tables need; nothing where the job took nothing out whole."""
+    structure = report.structure
+    if structure is None:
+        return {}
+    kept = structure.model_dump(
+        mode="json",
+        include={
+            "num_parameters_dense", "num_parameters", "num_removable", "num_removed", "stock", "kv_bytes_dense", "kv_bytes",
+            "blocks_removed", "iterations",
+        },
+    )  # fmt: skip
+    return {"structure": {**kept, "kept": [module.num_kept for module in structure.modules]}, "plan": plan}
