@@ -18,7 +18,8 @@ from llmprune.allocate.mixed import Menu
 from llmprune.anatomy.blocks import Stack, eager_experts, record
 from llmprune.anatomy.sites import select
 from llmprune.devices import module_device
-from llmprune.engines.evolution import Divergence, Group, Logits, Shelves, rung_bytes, scratch
+from llmprune.engines.divergence import Divergence, Logits
+from llmprune.engines.evolution import Group, Shelves, rung_bytes, scratch
 from llmprune.engines.survey import Survey, probe_sequences, shapes_of, surveyor
 from llmprune.events import Event, Progress
 from llmprune.measure.dispatch import dispatched

@@ -144,8 +144,10 @@ def _structure(report: Report, structure: StructureReport) -> Table:
     table = make_table("Taken out", "before", "now", "fraction")
     for item in removed_units(structure, report.model.num_blocks):
         add_row(table, item.unit, count(item.num_before), count(item.num_kept), percent(item.sparsity))
+    before, now = structure.num_removable, structure.num_removable - structure.num_removed
+    add_row(table, "parameters of all that could go", count(before), count(now), percent(structure.sparsity))
     before, now = structure.num_parameters_dense, structure.num_parameters
-    add_row(table, "parameters", count(before), count(now), percent(structure.sparsity_of_model))
+    add_row(table, "parameters of the model", count(before), count(now), percent(structure.sparsity_of_model))
     if structure.kv_bytes_dense and structure.kv_bytes is not None:
         gone = percent(1 - structure.kv_bytes / structure.kv_bytes_dense)
         add_row(table, "KV cache, bytes a token", count(structure.kv_bytes_dense), count(structure.kv_bytes), gone)

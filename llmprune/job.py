@@ -316,9 +316,9 @@ class Job:
             Setting(self.model, self.stack, self.config, self.calibration.ids_NS, self.batch_size, self.device, self.journal)
         )
         yield clock.started(structuring.total, resumed_at=structuring.done)
-        self.structure, before = yield from self._noted(structuring.run())
+        self.structure, seconds = yield from self._noted(structuring.run())
         self.stack = self._probe()
-        yield clock.finished(before + clock.seconds)
+        yield clock.finished(seconds)
 
     def _refine(self) -> Iterator[Event]:
         """Improve the mask against the loss of the whole model."""

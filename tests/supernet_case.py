@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import tiny
 from llmprune.allocate.evolution import Stage
 from llmprune.anatomy.blocks import find_stack, probe, record
-from llmprune.engines.evolution import Divergence, Logits
+from llmprune.engines.divergence import Divergence, Logits
 from llmprune.engines.supernet import Supernet, racks_of
 from llmprune.engines.tyr import Tyr
 from llmprune.engines.tyr_settings import TyrSettings

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from llmprune.allocate.evolution import Levels
-from llmprune.engines.evolution import Candidate
+from llmprune.engines.divergence import Candidate
 from llmprune.engines.supernet import Rack
 from llmprune.structured.budget import least
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.devices import module_device, placed
-from llmprune.engines.evolution import Head
+from llmprune.engines.divergence import Head
 from llmprune.errors import NonFiniteError, UnsupportedModel
 from llmprune.solvers.anneal import anneal
 from llmprune.solvers.problem import BlockProblem

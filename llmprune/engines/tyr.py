@@ -19,7 +19,8 @@ import torch
 from llmprune.allocate.evolution import Levels, Search
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.engines.curves import Curves, FrontPoint
-from llmprune.engines.evolution import Divergence, Head, scratch
+from llmprune.engines.divergence import Divergence, Head
+from llmprune.engines.evolution import scratch
 from llmprune.engines.supernet import Rack, Supernet, level_bytes, racks_of
 from llmprune.engines.tyr_settings import FRONT_POINTS, MEASURED_POINTS, TyrSettings, stages_for
 from llmprune.structured.budget import Budget

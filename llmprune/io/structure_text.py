@@ -9,6 +9,9 @@ from llmprune.io.course import Course
 from llmprune.report import StructureReport
 from llmprune.structure import ModuleReport
 
+MAX_SHOWN_KL = 2.0
+"""Nats; beyond it the front's curve ends."""
+
 
 @dataclass(frozen=True)
 class Removed:
@@ -61,8 +64,9 @@ def search_line(structure: StructureReport) -> str | None:
     where = "on disk" if most.supernet_on_disk else "in memory"
     seconds = [one.generation_seconds for one in done if one.generation_seconds is not None]
     pace = f", {max(seconds):.1f} s each" if seconds else ""
+    supernets = "1 supernet" if len(done) == 1 else f"{len(done)} supernets"
     return (
-        f"Searched: KL {done[0].curve[0][1]:.4f} -> {done[-1].curve[-1][1]:.4f} on calibration tokens; {len(done)} supernets "
+        f"Searched: KL {done[0].curve[0][1]:.4f} -> {done[-1].curve[-1][1]:.4f} on calibration tokens; {supernets} "
         f"of up to {most.supernet_bytes / 1e6:,.1f} MB {where}, {sum(one.num_generations for one in done)} generations{pace}, "
         f"{sum(one.num_evaluated for one in done):,} candidates"
     )
@@ -97,10 +101,10 @@ def search_course(structure: StructureReport) -> Course | None:
 
 
 def front_course(structure: StructureReport) -> Course | None:
-    """Measured KL, predicted where it was not, against parameters left: the largest model at the left."""
+    """Measured KL, predicted where it was not, against parameters taken out, as far as the model is of any use."""
     most = max((point.num_parameters for point in structure.front), default=0)
     points: Sequence[tuple[float, float]] = sorted(
         (most - point.num_parameters, point.kl_predicted if point.kl_measured is None else point.kl_measured)
         for point in structure.front
     )
-    return Course.through(points)
+    return Course.through([point for point in points if point[1] <= MAX_SHOWN_KL])

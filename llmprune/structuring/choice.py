@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.devices import module_device
-from llmprune.engines.evolution import Head, Logits
+from llmprune.engines.divergence import Head, Logits
 from llmprune.events import Event
 from llmprune.io.journal import Journal
 from llmprune.measure.dispatch import dispatched

@@ -24,7 +24,7 @@ from llmprune.patterns import Structure
 from llmprune.spec import PruneConfig
 from llmprune.structure import FrontPoint, IterationReport, ModuleReport, Unit
 from llmprune.structured.budget import Budget
-from llmprune.structured.free import describe_free_
+from llmprune.structured.free import describe_free_, is_free
 from llmprune.structured.slicing import Cut, check_sliced, mask_, record_masked, slice_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
 from llmprune.structured.units import Module, Units, find_units, select_units
@@ -109,6 +109,8 @@ class Groups:
 
     def _fields(self, kept: Mapping[str, int]) -> dict[str, int] | None:
         """What the config would have to say; None where it cannot."""
+        if is_free(self.setting.model.config):  # it says other widths than the model has
+            return None
         try:
             return uniform_fields(self.setting.model, self.modules, kept)
         except UnsupportedModel:
@@ -218,6 +220,10 @@ def widths_of(config: PruneConfig, model: PreTrainedModel, modules: Sequence[Mod
     """
     if config.widths == "free":
         return None
+    if is_free(model.config):
+        raise UnsupportedModel(
+            "layers of this model have widths of their own already, which no other config can say. Use --widths free."
+        )
     attention = next((module for module in modules if module.kind == "attention"), None)
     counts = uniform_counts(model, attention) if attention else ()
     name = "parameters" if config.budget == "latency" else config.budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,13 @@ from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack, eager_experts
 from llmprune.devices import module_device
+from llmprune.errors import UnsupportedModel
 from llmprune.events import Event, Warned
 from llmprune.measure.dispatch import dispatched
 from llmprune.patterns import Pattern
 from llmprune.report import StructureReport
 from llmprune.spec import PruneConfig
+from llmprune.structured.free import is_free
 from llmprune.structured.sizes import kv_bytes_per_token, num_parameters
 from llmprune.structuring.blocks import Depth
 from llmprune.structuring.choice import Choice, Chooser, Setting
@@ -34,6 +37,11 @@ def check_structure(config: PruneConfig, model: PreTrainedModel, stack: Stack) -
         ConfigError: the target cannot be reached.
     """
     structure = Pattern.parse(config.pattern).structure
+    if structure in ("blocks", "experts") and is_free(model.config):
+        raise UnsupportedModel(
+            f"layers of this model have widths of their own, which its config describes by layer: take {structure} out of the "
+            "dense model first, and groups afterwards."
+        )
     if structure:
         _CHOOSERS[structure].check(config, model, stack)
 
@@ -61,7 +69,7 @@ class Structuring:
         return self.total if self.finished else self.chooser.done
 
     def run(self) -> Generator[Event, None, tuple[StructureReport, float]]:
-        """Choose and take out, with progress; returns the report, and the seconds that an earlier process took."""
+        """Choose and take out, with progress; returns the report and the seconds it took, those of earlier processes too."""
         model, config = self.setting.model, self.setting.config
         before = self._sizes()
         if self.finished:
@@ -72,6 +80,7 @@ class Structuring:
             self._record(choice)
         for message in choice.warnings:
             yield Warned(message=message)
+        begun = time.perf_counter()
         parts: dict[str, Any] = {**choice.data.get("report", {}), **self.chooser.apply_(choice)}
         now = self._sizes()
         report = StructureReport(
@@ -83,7 +92,7 @@ class Structuring:
             kv_bytes=now[1],
             **parts,
         )
-        return report, float(choice.data.get("seconds", 0.0))
+        return report, choice.data["seconds"] + time.perf_counter() - begun
 
     def _sizes(self) -> tuple[int, int | None]:
         model = self.setting.model

@@ -12,7 +12,8 @@ from llmprune import errors, events
 from llmprune.allocate import ALLOCATORS
 from llmprune.cli import app
 from llmprune.io.text import NAMES
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, STRUCTURAL, Method
+from llmprune.recovery_spec import RecoverConfig
 from llmprune.spec import PruneConfig
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,22 @@ def test_every_field_is_in_the_guide(field: str) -> None:
 def test_every_field_describes_itself(field: str) -> None:
     """Its description is the help of the command line and of the service."""
     assert PruneConfig.model_fields[field].description
+
+
+@pytest.mark.parametrize("field", sorted(RecoverConfig.model_fields.keys() - {"model"}))
+def test_every_field_of_a_recovery_is_in_the_guide(field: str) -> None:
+    """Among the options of its section."""
+    section = GUIDE[GUIDE.index("## Recovery") : GUIDE.index("## Events")]
+    assert f"`--{field.replace('_', '-')}`" in section
+
+
+@pytest.mark.parametrize("method", STRUCTURAL.values(), ids=lambda method: f"{method.structure}-{method.name}")
+def test_every_structural_method_has_its_place(method: Method) -> None:
+    """In the guide, and with its pattern and its paper on the page of its own."""
+    assert f"`{method.name}`" in GUIDE and f"`{method.structure}`" in GUIDE
+    page = (ROOT / "docs" / "structured.md").read_text()
+    assert f"`{method.name}`" in page and f"`{method.structure}`" in page
+    assert method.paper == "baseline" or method.name == "magnitude" or method.paper.rpartition("arXiv ")[2][:10] in page
 
 
 @pytest.mark.parametrize("name", [*METHODS, *ALLOCATORS, *NAMES, *ERRORS, *EVENTS, *get_args(events.Stage)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def test_a_sliced_checkpoint_is_a_model_like_any_other(
     twice = llmprune.prune(**options, method="flap", sparsity=0.1, out=tmp_path / "twice")
     assert twice.structure is not None and twice.structure.num_parameters < twice.structure.num_parameters_dense
     assert torch.isfinite(_logits(llmprune.load(tmp_path / "twice"))).all()
+    for asked, way_out in (({"pattern": "blocks"}, "first"), ({"method": "magnitude", "widths": "uniform"}, "--widths free")):
+        with pytest.raises(UnsupportedModel, match=way_out):
+            llmprune.prune(**options, **({"pattern": "structured"} | asked), out=tmp_path / "refused")
 
 
 @pytest.mark.parametrize("method", ["tyr", "flap", "magnitude"])
@@ -154,7 +158,9 @@ def test_experts_go_whole(method: str, moe_model_dir: Path, job: dict[str, Any],
 def test_a_stopped_search_goes_on_to_the_same_bytes(job: dict[str, Any], tmp_path: Path) -> None:
     """Stopped at every generation in turn, and after the choice: the checkpoint is the uninterrupted run's."""
     options = {**job, **TYR, "sparsity": 0.25}
+    begun = time.perf_counter()
     whole = llmprune.prune(**options, out=tmp_path / "whole")
+    assert 0 < whole.seconds < time.perf_counter() - begun
 
     def run(stop: Callable[[Event], bool], out: Path) -> Report | None:
         events = llmprune.prune_iter(**options, out=out, resume=True)

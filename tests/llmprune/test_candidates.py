@@ -18,7 +18,8 @@ from families import tiny_model
 from llmprune.allocation import Sharing, search_chunks
 from llmprune.anatomy.blocks import find_stack, probe
 from llmprune.engines import evolution
-from llmprune.engines.evolution import Divergence, Shelf, pack_bits, unpack_bits
+from llmprune.engines.divergence import Divergence
+from llmprune.engines.evolution import Shelf, pack_bits, unpack_bits
 from llmprune.errors import OutputError
 from llmprune.events import Progress
 from llmprune.spec import PruneConfig

@@ -31,7 +31,7 @@ from llmprune.engines.depth import (
     num_steps,
     quadratic,
 )
-from llmprune.engines.evolution import Logits
+from llmprune.engines.divergence import Logits
 from llmprune.errors import NonFiniteError, UnsupportedModel
 from llmprune.measure.quality import replay_tail
 from llmprune.structured.depth import bypassed, layer_fields, remove_blocks_

@@ -21,9 +21,10 @@ from families import tiny_model
 from forked import PROCESSES
 from llmprune.anatomy.blocks import Call, Recording, Stack, find_stack, probe, record
 from llmprune.anatomy.sites import Site
-from llmprune.engines import evolution
+from llmprune.engines import divergence as divergence_module
+from llmprune.engines.divergence import Candidate, Divergence, Head, Logits
 from llmprune.engines.draws import Part, draw, whole
-from llmprune.engines.evolution import Candidate, Divergence, Head, Logits, Shelf, Variants
+from llmprune.engines.evolution import Shelf, Variants
 from llmprune.measure.quality import replay_tail
 
 CPU = torch.device("cpu")
@@ -113,7 +114,7 @@ def _distribution(*probabilities: float) -> Tensor:
         (_distribution(0.4, 0.4, 0.2), _distribution(0.5, 0.3, 0.2), 0.4 * math.log(0.8) + 0.4 * math.log(4 / 3)),
         (_distribution(0.5, 0.3, 0.2), _distribution(0.5, 0.3, 0.2), 0.0),
         (_distribution(0.5, 0.3, 0.2), _distribution(0.5, 0.3, 0.2) + 3, 0.0),
-        (_distribution(0.5, 0.3, 0.2), torch.full((3,), torch.nan), evolution.WORST),
+        (_distribution(0.5, 0.3, 0.2), torch.full((3,), torch.nan), divergence_module.WORST),
     ],
 )
 def test_closed_forms(dense_V: Tensor, other_V: Tensor, wanted: float) -> None:
@@ -220,7 +221,7 @@ def test_little_memory_changes_nothing(num_tokens: int | None, monkeypatch: pyte
     inner = Divergence._measure
     monkeypatch.setattr(Divergence, "_measure", lambda self, own, runs: (groups.append(len(own)), inner(self, own, runs))[1])
     for free, sizes in ((0, [1] * 5), (1 << 40, [5])):
-        monkeypatch.setattr(evolution, "free_bytes", lambda _device, free=free: free)
+        monkeypatch.setattr(divergence_module, "free_bytes", lambda _device, free=free: free)
         groups.clear()
         assert measure(candidates, random.Random(1), num_tokens) == together and groups == sizes
     assert len(set(together)) == 5

@@ -16,7 +16,7 @@ from llmprune.allocate.evolution import Stage
 from llmprune.devices import free_bytes
 from llmprune.engines import evolution, tyr
 from llmprune.engines.curves import Curves
-from llmprune.engines.evolution import Candidate, Divergence
+from llmprune.engines.divergence import Candidate, Divergence
 from llmprune.engines.supernet import level_bytes, module_levels
 from llmprune.engines.tyr import Tyr
 from llmprune.engines.tyr_settings import MAX_STARTS, PRESETS, generation_tokens, path_flops, search_tokens, stages_for
