@@ -86,7 +86,8 @@ def _target(results: Results, model: str, target: str, found: Iterable[tuple[Var
         rows.append(
             [
                 variant.name + blocks, f"{removed(result):.2%}",
-                f"{sizes['num_parameters'] / sizes['num_parameters_dense']:.1%}", f"{sizes['kv_bytes'] / sizes['kv_bytes_dense']:.0%}", number(result["perplexity"]),
+                f"{sizes['num_parameters'] / sizes['num_parameters_dense']:.1%}",
+                f"{sizes['kv_bytes'] / sizes['kv_bytes_dense']:.0%}", number(result["perplexity"]),
                 f"{gap.mean:.4f} ± {gap.error:.4f}", f"{result['kl']:.4f}", f"{result['top1']:.1%}", f"{result['seconds']:.1f}",
                 f"{result['peak_bytes'] / 2**20:.0f}",
             ]
@@ -119,8 +120,8 @@ def _search(results: Results) -> list[str]:
     note = (
         "The formula is the token-forwards of a generation times the seconds of a token in a plain forward of the dense model, "
         "timed in the same process before the search. Candidates are smaller than the dense model and share the blocks in "
-        "which they are alike, which it does not count; a chunk of a draw is smaller than one of the plain forward. Supernets are "
-        "counted from the shapes of what is stored; from the second on they stand around what was found, which the plan cannot "
+        "which they are alike, which it does not count; a chunk of a draw is smaller than one of the plain forward. The bytes "
+        "of a supernet are those of what is stored; from the second on it stands around what was found, which the plan cannot "
         "know."
     )
     return ["## The search", table(head, rows), note]
@@ -135,10 +136,10 @@ def _speed(timing: Timing) -> list[str]:
     note = (
         f"Dense and sliced models take turns in one process, on {environment['num_threads']} thread of "
         f"{environment['device']}, torch {environment['torch']}; ratios are of medians, of {_repeats(found)} runs, with the "
-        "quartiles of the sliced model over the dense median. Decode generates 8 tokens after 16. *Saved* is the share of the time that went over the share "
-        "of the blocks' parameters that went: 100 % is in proportion. The demo model and the stories are so small that calls "
-        "take most of the time, not matrix products, and so is decode at batch 1 of anything that fits the caches; the random "
-        "models show what is left of that. Attention scores and the head do not shrink with the FFN."
+        "quartiles of the sliced model over the dense median. Decode generates 8 tokens after 16. *Saved* is the share of the "
+        "time that went over the share of the blocks' parameters that went: 100 % is in proportion. The demo model and the "
+        "stories are so small that calls take most of the time, not matrix products; the random models show the rest. "
+        "Norms, embedding and head do not shrink, and attention scores only with its heads."
     )
     head = ["", "point", "blocks' parameters", "time", "quartiles", "saved"]
     return ["## Time of sliced models", note, table(head, [_speed_row(ratio) for ratio in found])]
