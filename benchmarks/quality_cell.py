@@ -23,6 +23,7 @@ import psutil
 from torch import Tensor
 
 from benchmarks import structured_cell
+from benchmarks.structured_cell import Busy
 from llmprune.events import Finished, StageFinished
 from llmprune.io.text import load_evaluation
 from llmprune.job import Job
@@ -50,6 +51,7 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
     hidden: list[Tensor] = []  # the head's inputs of the dense model, by window
     dense: list[Scores] = []
     planned: dict[str, Any] = {}
+    busy, share = Busy(), 1.0
     report: Report | None = None
     for event in job.run():
         if isinstance(event, StageFinished) and event.stage == "calibration":
@@ -58,13 +60,14 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
             with dispatched(job.model, job.device):
                 dense = [_last(score_text(job.model, ids, keep=hidden)) for ids in windows]
                 planned = structured_cell.planned(job)
+            busy = Busy()
         if isinstance(event, Finished):
-            report = event.report
+            report, share = event.report, busy.share(job.device)
     assert report and report.walk and windows
     with dispatched(job.model, job.device):
         pruned = [_score(job, ids, kept) for ids, kept in zip(windows, hidden, strict=True)]
     result = _result(report, dense, pruned, idle, sum(ids.numel() for ids in windows))
-    return result | structured_cell.found(report, planned)
+    return result | structured_cell.found(report, planned, share)
 
 
 def _result(report: Report, dense: list[Scores], pruned: list[Scores], idle: int, num_tokens: int) -> dict[str, Any]:

@@ -126,8 +126,8 @@ def _is_faster(ratio: Ratio) -> Check:
 
 
 def cost(found: Result) -> tuple[float, float, list[float]] | None:
-    """Seconds of a generation, the mean of all iterations; what the formula says; and bytes of every supernet over those that
-    the plan has. None where nothing was searched.
+    """Seconds of a generation in which there was a processor, the mean of all iterations; what the formula says; and bytes of
+    every supernet over those that the plan has. None where nothing was searched.
     """
     iterations, plan = found["structure"]["iterations"], found["plan"]
     seconds = [(one["generation_seconds"], one["num_generations"]) for one in iterations if one["generation_seconds"]]
@@ -136,7 +136,7 @@ def cost(found: Result) -> tuple[float, float, list[float]] | None:
         return None
     bytes_found = [one["supernet_bytes"] for one in iterations]
     ratio = [one / other for one, other in zip(bytes_found, plan["supernet_bytes"], strict=True)]
-    mean = sum(each * count for each, count in seconds) / number
+    mean = found["busy"] * sum(each * count for each, count in seconds) / number
     return mean, plan["generation_tokens"] * plan["forward_seconds"], ratio
 
 

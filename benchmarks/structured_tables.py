@@ -116,13 +116,13 @@ def _search(results: Results) -> list[str]:
                 )  # fmt: skip
     if not rows:
         return []
-    head = ["", "KL of the iterations", "KL on other text", "s a generation", "formula", "ratio", "MiB", "MiB, of the plan"]
+    head = ["", "KL of the iterations", "KL on other text", "CPU s a generation", "formula", "ratio", "MiB", "MiB, of the plan"]
     note = (
         "The formula is the token-forwards of a generation times the seconds of a token in a plain forward of the dense model, "
-        "timed in the same process before the search. Candidates are smaller than the dense model and share the blocks in "
-        "which they are alike, which it does not count; a chunk of a draw is smaller than one of the plain forward. The bytes "
-        "of a supernet are those of what is stored; from the second on it stands around what was found, which the plan cannot "
-        "know."
+        "timed in the same process before the search; both are in seconds of a processor, whatever else the machine does. "
+        "Candidates are smaller than the dense model and share the blocks in which they are alike, which it does not count; a "
+        "chunk of a draw is smaller than one of the plain forward. The bytes of a supernet are those of what is stored; from "
+        "the second on it stands around what was found, which the plan cannot know."
     )
     return ["## The search", table(head, rows), note]
 
@@ -135,11 +135,12 @@ def _speed(timing: Timing) -> list[str]:
     environment = timing["environment"]
     note = (
         f"Dense and sliced models take turns in one process, on {environment['num_threads']} thread of "
-        f"{environment['device']}, torch {environment['torch']}; ratios are of medians, of {_repeats(found)} runs, with the "
-        "quartiles of the sliced model over the dense median. Decode generates 8 tokens after 16. *Saved* is the share of the "
-        "time that went over the share of the blocks' parameters that went: 100 % is in proportion. The demo model and the "
-        "stories are so small that calls take most of the time, not matrix products; the random models show the rest. "
-        "Norms, embedding and head do not shrink, and attention scores only with its heads."
+        f"{environment['device']}, torch {environment['torch']}, timed by the seconds in which it had a processor. Ratios are "
+        f"of medians, of {_repeats(found)} runs, with the quartiles of the sliced model over the dense median. Decode "
+        "generates 8 tokens after 16. *Saved* is the share of the time that went over the share of the blocks' parameters that "
+        "went: 100 % is in proportion. The demo model and the stories are so small that calls take most of the time, not "
+        "matrix products; the random models show the rest. Norms, embedding and head do not shrink, and attention scores only "
+        "with its heads."
     )
     head = ["", "point", "blocks' parameters", "time", "quartiles", "saved"]
     return ["## Time of sliced models", note, table(head, [_speed_row(ratio) for ratio in found])]
