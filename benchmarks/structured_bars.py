@@ -16,6 +16,8 @@ MOST_OF_SAVING = 0.8
 """Of the share of the blocks' parameters that went, so much of the time has to go too."""
 LARGE = 10_000_000
 """Parameters of blocks from which on matrix products take nearly all of the time on a CPU."""
+NEAR = 1.1
+"""A search that lost so many times as much as what it is held against has to be no better."""
 COST_WITHIN = 2.0
 """A factor by which seconds may be off what the plan's formula says, on a machine that does other things as well."""
 
@@ -98,7 +100,8 @@ def _beats(results: Results, model: str, share: str, rival: str) -> Check:
         f"KL {one['kl']:.4f} against {two['kl']:.4f}, perplexity {one['perplexity']:.2f} against {two['perplexity']:.2f}, "
         f"removed {removed(one):.2%} against {removed(two):.2%}"
     )
-    return Check(where, text, one["kl"] < two["kl"] and one["perplexity"] < two["perplexity"])
+    is_better = one["kl"] < two["kl"] and one["perplexity"] < two["perplexity"]
+    return Check(where, text, True if is_better else None if removed(one) > NEAR * removed(two) else False)
 
 
 def curves(found: Result) -> Iterator[list[float]]:
