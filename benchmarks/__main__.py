@@ -1,6 +1,7 @@
 """Run the benchmarks: `make bench`, or `python -m benchmarks speed memory packed sequential readme`.
 
 `make bench-quality`, or `python -m benchmarks quality`, compares the methods; it takes hours and goes on where it was stopped.
+`make bench-structured`, or `python -m benchmarks structured`, does so with those that make matrices smaller.
 `make bench-service`, or `python -m benchmarks service`, runs service-load, service-download and service-chaos.
 """
 
@@ -27,6 +28,7 @@ from benchmarks import (
     service_download,
     service_load,
     speed,
+    structured,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +38,7 @@ BENCHMARKS: dict[str, Any] = {
     "memory": memory.run,
     "packed": packed.run,
 }
+BY_CELL: dict[str, Any] = {"quality": quality.run, "structured": structured.run}
 SERVICE: dict[str, Any] = {
     "service-load": service_load.run,
     "service-download": service_download.run,
@@ -49,8 +52,8 @@ def main() -> None:
     Exits with 1 if a result says that something is wrong.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = [*BENCHMARKS, "quality", *SERVICE, "service", "readme", []]
-    names_help = "default: all but quality and those of the service"
+    choices = [*BENCHMARKS, *BY_CELL, *SERVICE, "service", "readme", []]
+    names_help = "default: all but quality, structured and those of the service"
     parser.add_argument("names", nargs="*", choices=choices, help=names_help)
     quality.add_options(parser)
     options = parser.parse_args()
@@ -60,8 +63,8 @@ def main() -> None:
         if name == "readme":
             continue
         console.rule(name)
-        if name == "quality":  # keeps its own file, cell by cell
-            is_wrong |= quality.run(console, options)
+        if name in BY_CELL:  # keeps its own file
+            is_wrong |= BY_CELL[name](console, options)
             continue
         result = (BENCHMARKS | SERVICE)[name](console)
         is_wrong |= bool(result and result.get("wrong"))

@@ -14,16 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks import quality_bars, quality_plot, quality_tables
+from benchmarks.quality_bars import Bar
 from benchmarks.quality_results import Results
-from benchmarks.quality_variants import PATHS, TARGETS, VARIANTS, Cell, cells, check, find_models
+from benchmarks.quality_variants import PATHS, QUALITY, Cell, Grid, Model, find_models
 from llmprune.spec import BUNDLED_MODEL
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +34,37 @@ DOCS = ROOT / "docs"
 LIMIT_MINUTES = 20.0
 
 
+@dataclass(frozen=True)
+class Suite:
+    """One benchmark of this kind.
+
+    Attributes:
+        models: those below a folder.
+        bars: what the results must reach.
+        documents: texts by the name of the file in docs/.
+    """
+
+    grid: Grid
+    models: Callable[[Path], list[Model]]
+    bars: Callable[[Results], Sequence[Bar]]
+    documents: Callable[[Results], dict[str, str]]
+
+
+def documents(results: Results) -> dict[str, str]:
+    """The CSV, the page and the plot, from the results alone."""
+    return {
+        "quality.csv": quality_tables.csv_text(results),
+        "quality.md": quality_tables.page(results),
+        "quality.svg": quality_plot.svg(results),
+    }
+
+
+SUITE = Suite(QUALITY, find_models, quality_bars.bars, documents)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What only this benchmark takes."""
-    group = parser.add_argument_group("quality")
+    """What only this benchmark takes, and those of the same kind."""
+    group = parser.add_argument_group("quality, structured")
     for name, example in (("models", "demo"), ("targets", "60%%,2:4"), ("variants", "wanda,alps+reconstruct")):
         group.add_argument(f"--{name}", default="", metavar="A,B", help=f"only these, such as {example}")
     group.add_argument("--jobs", type=int, default=1, help="cells at once, which share the cores (1)")
@@ -45,43 +75,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(console: Console, options: argparse.Namespace) -> bool:
     """Measure what has no result yet, write tables and plot; whether any of the cells asked for has failed."""
-    check()
-    results = Results.read(RESULTS)
+    return run_suite(SUITE, RESULTS, console, options)
+
+
+def run_suite(suite: Suite, file: Path, console: Console, options: argparse.Namespace) -> bool:
+    """:func:`run` of any suite, whose results are in ``file``."""
+    suite.grid.check()
+    results = Results.read(file, suite.grid)
     has_failed = False
     if not options.tables:
-        chosen = _choose(console, options)
+        chosen = _choose(suite, console, options)
         results.models |= {cell.model.name: cell.model for cell in chosen}
         open_cells = [cell for cell in chosen if options.fresh or not results.is_done(cell, 60 * options.limit)]
         console.print(f"{len(chosen)} cells, {len(chosen) - len(open_cells)} of them with a result.")
-        for line in _measure(open_cells, results, jobs=options.jobs, limit_seconds=60 * options.limit):
+        for line in _measure(open_cells, results, file, jobs=options.jobs, limit_seconds=60 * options.limit):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         failed = [cell.key for cell in chosen if (found := results.cell(cell)) and found["status"] == "failed"]
         has_failed = bool(failed)
         if failed:
             console.print(f"FAILED: {', '.join(failed)}", style="red", markup=False)
     if results.cells:
-        write_documents(results, DOCS)
-        for bar in quality_bars.bars(results):
+        for name, text in suite.documents(results).items():
+            (DOCS / name).write_text(text, encoding="utf-8")
+        for bar in suite.bars(results):
             console.print(f"{bar.verdict:12s} {bar.text}", highlight=False, markup=False, soft_wrap=True)
     return has_failed
 
 
-def write_documents(results: Results, folder: Path) -> None:
-    """The CSV, the page and the plot, from the results alone."""
-    (folder / "quality.csv").write_text(quality_tables.csv_text(results), encoding="utf-8")
-    (folder / "quality.md").write_text(quality_tables.page(results), encoding="utf-8")
-    (folder / "quality.svg").write_text(quality_plot.svg(results), encoding="utf-8")
-
-
-def _choose(console: Console, options: argparse.Namespace) -> list[Cell]:
+def _choose(suite: Suite, console: Console, options: argparse.Namespace) -> list[Cell]:
     root = data_root()
-    models = find_models(root)
+    models = suite.models(root)
     if [model.name for model in models] == [BUNDLED_MODEL]:
         console.print(f"No models under {root}: only the demo model. Name a folder with LLMPRUNE_BENCH_DATA.")
     names = _only(options.models, [model.name for model in models], "models")
-    variants = _only(options.variants, list(VARIANTS), "variants")
-    targets = _only(options.targets, list(TARGETS), "targets")
-    asked = [cell for cell in cells(models) if cell.target in targets and cell.variant.name in variants]
+    variants = _only(options.variants, list(suite.grid.variants), "variants")
+    targets = _only(options.targets, list(suite.grid.targets), "targets")
+    asked = [cell for cell in suite.grid.cells(models) if cell.target in targets and cell.variant.name in variants]
     return [cell for cell in asked if cell.model.name in names]
 
 
@@ -100,7 +129,7 @@ def data_root() -> Path:
     return Path(os.environ.get("LLMPRUNE_BENCH_DATA", "../shared"))
 
 
-def _measure(open_cells: list[Cell], results: Results, *, jobs: int, limit_seconds: float) -> Iterator[str]:
+def _measure(open_cells: list[Cell], results: Results, file: Path, *, jobs: int, limit_seconds: float) -> Iterator[str]:
     """Measure cells, file each result as it comes, and yield a line about it."""
     begun = time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool:
@@ -111,7 +140,7 @@ def _measure(open_cells: list[Cell], results: Results, *, jobs: int, limit_secon
             for number, future in enumerate(as_completed(futures), start=1):
                 cell, result = futures[future], future.result()
                 results.add(cell, result)
-                results.write(RESULTS)
+                results.write(file)
                 spent = time.perf_counter() - begun
                 rest = spent / number * (len(open_cells) - number)
                 yield f"[{number}/{len(open_cells)}] {_line(cell, result)}; {_minutes(spent)} so far, {_minutes(rest)} to go"
@@ -154,7 +183,7 @@ def _reason(error: subprocess.CalledProcessError) -> str:
 
 
 def _line(cell: Cell, result: dict[str, Any]) -> str:
-    name = f"{cell.model.name:16s} {cell.target:4s} {cell.variant.name:22s}"
+    name = f"{cell.model.name:16s} {cell.target:6s} {cell.variant.name:22s}"
     if result["status"] == "ok":
         values = f"{quality_tables.number(result['perplexity'])} (dense {quality_tables.number(result['perplexity_dense'])})"
         return f"{name} {values}, {result['seconds']:.1f} s of {result['wall_seconds']:.0f} s"

@@ -1,4 +1,6 @@
-"""One cell of `make bench-quality` in a process of its own: fields as JSON on stdin, the result as JSON into a file.
+"""One cell of `make bench-quality` or `make bench-structured` in a process of its own.
+
+Fields come as JSON on stdin, the result goes as JSON into a file.
 
 python -m benchmarks.quality_cell RESULT < FIELDS
 """
@@ -20,6 +22,8 @@ from typing import Any
 import psutil
 from torch import Tensor
 
+from benchmarks import structured_cell
+from benchmarks.structured_cell import Busy
 from llmprune.events import Finished, StageFinished
 from llmprune.io.text import load_evaluation
 from llmprune.job import Job
@@ -37,7 +41,8 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
     """Prune as asked, and score the dense and the pruned model window by window on the same tokens.
 
     ``differences`` are the windows' mean losses, pruned - dense, in nats per token; ``peak_bytes`` is what the process held
-    at most while pruning, above what it held before it loaded the model.
+    at most while pruning, above what it held before it loaded the model. Of a structured job there is more:
+    :func:`benchmarks.structured_cell.found`.
     """
     idle = psutil.Process().memory_info().rss
     config = PruneConfig.build(**{**fields, "eval": (), "latency": False})
@@ -45,6 +50,8 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
     windows: list[Tensor] = []
     hidden: list[Tensor] = []  # the head's inputs of the dense model, by window
     dense: list[Scores] = []
+    planned: dict[str, Any] = {}
+    busy, share = Busy(), 1.0
     report: Report | None = None
     for event in job.run():
         if isinstance(event, StageFinished) and event.stage == "calibration":
@@ -52,12 +59,15 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
             windows = [*text.ids_NS.split(1)]
             with dispatched(job.model, job.device):
                 dense = [_last(score_text(job.model, ids, keep=hidden)) for ids in windows]
+                planned = structured_cell.planned(job)
+            busy = Busy()
         if isinstance(event, Finished):
-            report = event.report
+            report, share = event.report, busy.share(job.device)
     assert report and report.walk and windows
     with dispatched(job.model, job.device):
         pruned = [_score(job, ids, kept) for ids, kept in zip(windows, hidden, strict=True)]
-    return _result(report, dense, pruned, idle, sum(ids.numel() for ids in windows))
+    result = _result(report, dense, pruned, idle, sum(ids.numel() for ids in windows))
+    return result | structured_cell.found(report, planned, share)
 
 
 def _result(report: Report, dense: list[Scores], pruned: list[Scores], idle: int, num_tokens: int) -> dict[str, Any]:

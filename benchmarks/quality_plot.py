@@ -7,12 +7,11 @@ variants that no other one beats in both time and gap, and those are named; ever
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from benchmarks.quality_results import BASELINE, Results
-from benchmarks.quality_variants import VARIANTS
 
 TARGETS = ("60 %", "2:4")
 PALETTE = ("#999999", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -31,11 +30,11 @@ class Point:
     gap: float
 
 
-def svg(results: Results) -> str:
+def svg(results: Results, targets: Sequence[str] = TARGETS) -> str:
     """The whole picture."""
-    families = list(dict.fromkeys(variant.family for variant in VARIANTS.values()))
+    families = list(dict.fromkeys(variant.family for variant in results.grid.variants.values()))
     colours = {family: PALETTE[number % len(PALETTE)] for number, family in enumerate(families)}
-    width = LEFT + len(TARGETS) * WIDTH + (len(TARGETS) - 1) * GAP_X + 24
+    width = LEFT + len(targets) * WIDTH + (len(targets) - 1) * GAP_X + 24
     height = TOP + len(results.models) * (HEIGHT + GAP_Y)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -46,7 +45,7 @@ def svg(results: Results) -> str:
         _legend(colours),
     ]
     for row, model in enumerate(results.models):
-        for column, target in enumerate(TARGETS):
+        for column, target in enumerate(targets):
             x, y = LEFT + column * (WIDTH + GAP_X), TOP + row * (HEIGHT + GAP_Y)
             parts.append(f'<g transform="translate({x} {y})">{_panel(results, model, target, colours)}</g>')
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -55,7 +54,7 @@ def svg(results: Results) -> str:
 def points(results: Results, model: str, target: str) -> list[Point]:
     """All variants with a finite gap above zero: a logarithm shows no other."""
     found = []
-    for variant in VARIANTS.values():
+    for variant in results.grid.variants.values():
         result, gap = results.measured(model, variant.name, target), results.gap(model, variant.name, target)
         if result and gap and 0 < gap.mean < math.inf and result["seconds"] > 0:
             found.append(Point(variant.name, variant.family, result["seconds"], gap.mean))

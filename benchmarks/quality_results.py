@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_variants import VARIANTS, Cell, Model, cells
+from benchmarks.quality_variants import QUALITY, Cell, Grid, Model
 
 BASELINE = "sparsegpt"
 NOISE = 2.0
@@ -41,21 +41,22 @@ class Estimate:
 
 @dataclass
 class Results:
-    """The file of results: the models' settings, and what was measured by cell."""
+    """The file of results: the models' settings, and what was measured by cell of a grid."""
 
     models: dict[str, Model] = field(default_factory=dict)
     cells: dict[str, Result] = field(default_factory=dict)
+    grid: Grid = field(default_factory=lambda: QUALITY, repr=False)
 
     @classmethod
-    def read(cls, file: Path) -> Results:
+    def read(cls, file: Path, grid: Grid = QUALITY) -> Results:
         """Of a file; empty where there is none."""
-        return cls.parse(json.loads(file.read_text())) if file.exists() else cls()
+        return cls.parse(json.loads(file.read_text()), grid) if file.exists() else cls(grid=grid)
 
     @classmethod
-    def parse(cls, stored: dict[str, Any]) -> Results:
+    def parse(cls, stored: dict[str, Any], grid: Grid = QUALITY) -> Results:
         """Of what such a file holds."""
         models = {name: Model(name, value["fields"], value["skip"]) for name, value in stored["models"].items()}
-        return cls(models, stored["cells"])
+        return cls(models, stored["cells"], grid)
 
     def write(self, file: Path) -> None:
         """A line a cell; the file is whole at any time."""
@@ -83,8 +84,9 @@ class Results:
 
     def get(self, model: str, variant: str, target: str) -> Result | None:
         """:meth:`cell` by names; None also where this version knows no such cell."""
-        known = model in self.models and variant in VARIANTS and target in VARIANTS[variant].targets
-        return self.cell(Cell(self.models[model], VARIANTS[variant], target)) if known else None
+        variants = self.grid.variants
+        known = model in self.models and variant in variants and target in variants[variant].targets
+        return self.cell(Cell(self.models[model], variants[variant], target, self.grid)) if known else None
 
     def measured(self, model: str, variant: str, target: str) -> Result | None:
         """The same, where it holds a perplexity."""
@@ -94,7 +96,7 @@ class Results:
     @property
     def num_stale(self) -> int:
         """Results of settings or variants that are no longer these; the tables leave them out."""
-        known = {cell.key: cell.hash for cell in cells(list(self.models.values()))}
+        known = {cell.key: cell.hash for cell in self.grid.cells(self.models.values())}
         return sum(known.get(key) != result["hash"] for key, result in self.cells.items())
 
     def gap(self, model: str, variant: str, target: str) -> Estimate | None:

@@ -1,5 +1,7 @@
 """What `make bench-quality` compares: models, targets, and variants, which are named sets of PruneConfig's fields.
 
+Other benchmarks of quality have a :class:`Grid` of their own and share the rest.
+
 A cell is one variant at one target of one model.
 """
 
@@ -7,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmprune.efforts import EFFORTS
 from llmprune.errors import ConfigError
 from llmprune.methods import METHODS, Method, get_method
+from llmprune.patterns import Pattern
 from llmprune.spec import BUNDLED_MODEL, Need, PruneConfig
 
 Fields = dict[str, Any]
@@ -29,6 +33,8 @@ NUM_SAMPLES, MAX_SEQ_LEN, MAX_EVAL_TOKENS = 64, 256, 32768
 CALIBRATION, EVALUATION = "corpora/tinystories/calib.txt", "corpora/tinystories/test.txt"
 PATHS = ("model", "calibration", "eval")
 """Fields that name something below the data's folder, for all models but the bundled one."""
+EVERYTHING = ["*"]
+"""What a model skips at a target that is not for it: it has no cells there."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,49 @@ class Variant:
 
 @dataclass(frozen=True)
 class Model:
-    """A model and its texts, as fields; ``skip`` names by target the sites that an n:m pattern does not fit."""
+    """A model and its texts, as fields; ``skip`` names by target the sites that a pattern does not fit, or EVERYTHING."""
 
     name: str
     fields: Fields
     skip: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What one benchmark compares: targets, as fields, and variants, both by name and in the order of the tables."""
+
+    targets: dict[str, Fields]
+    variants: dict[str, Variant]
+
+    @classmethod
+    def of(cls, targets: dict[str, Fields], variants: Iterable[Variant]) -> Grid:
+        """Of variants, no two of which may have one name."""
+        table = tuple(variants)
+        named = {variant.name: variant for variant in table}
+        assert len(named) == len(table), "two variants have the same name"
+        return cls(targets, named)
+
+    def check(self) -> None:
+        """Raise ConfigError where this version cannot do what a variant asks for."""
+        for variant in self.variants.values():
+            assert variant.targets and set(variant.targets) <= set(self.targets), variant
+            for target in variant.targets:
+                try:
+                    config = PruneConfig.build(**self.targets[target], **variant.fields)
+                    if not Pattern.parse(config.pattern).structure:
+                        get_method(config.method)
+                except ConfigError as error:
+                    raise ConfigError(f"variant {variant.name!r} at {target}: {error}") from None
+
+    def cells(self, models: Iterable[Model]) -> list[Cell]:
+        """All cells of these models, in the order of the tables."""
+        return [
+            Cell(model, variant, target, self)
+            for model in models
+            for variant in self.variants.values()
+            for target in variant.targets
+            if model.skip.get(target) != EVERYTHING
+        ]
 
 
 @dataclass(frozen=True)
@@ -57,6 +101,7 @@ class Cell:
     model: Model
     variant: Variant
     target: str
+    grid: Grid = field(default_factory=lambda: QUALITY, repr=False)
 
     @property
     def key(self) -> str:
@@ -68,7 +113,7 @@ class Cell:
         """Everything that is asked of PruneConfig."""
         skip = self.model.skip.get(self.target)
         texts: Fields = {**self.model.fields, "skip": skip} if skip else self.model.fields
-        return {**texts, **TARGETS[self.target], **self.variant.fields}
+        return {**texts, **self.grid.targets[self.target], **self.variant.fields}
 
     @property
     def hash(self) -> str:
@@ -105,19 +150,8 @@ _TABLE = (
     Variant("icbs", "refine", {"method": "icbs"}, ("50 %", "60 %", "2:4")),
     *(Variant(name, "preset", {"effort": name}, ("60 %", "2:4")) for name in EFFORTS),
 )
-VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _TABLE}
-
-
-def check() -> None:
-    """Raise ConfigError where this version cannot do what a variant asks for, AssertionError where two have one name."""
-    assert len(VARIANTS) == len(_TABLE), "two variants have the same name"
-    for variant in VARIANTS.values():
-        assert variant.targets and set(variant.targets) <= set(TARGETS), variant
-        for target in variant.targets:
-            try:
-                get_method(PruneConfig.build(**TARGETS[target], **variant.fields).method)
-            except ConfigError as error:
-                raise ConfigError(f"variant {variant.name!r} at {target}: {error}") from None
+QUALITY = Grid.of(TARGETS, _TABLE)
+VARIANTS = QUALITY.variants
 
 
 def find_models(root: Path) -> list[Model]:
@@ -139,8 +173,3 @@ def _skip(config: dict[str, Any]) -> dict[str, list[str]]:
     """An n:m pattern cannot be laid over a down projection whose inputs m does not divide: it stays dense there."""
     groups = {target: int(fields["pattern"].split(":")[1]) for target, fields in TARGETS.items() if "pattern" in fields}
     return {target: ["*.down_proj"] for target, size in groups.items() if config["intermediate_size"] % size}
-
-
-def cells(models: list[Model]) -> list[Cell]:
-    """All cells of these models, in the order of the tables."""
-    return [Cell(model, variant, target) for model in models for variant in VARIANTS.values() for target in variant.targets]

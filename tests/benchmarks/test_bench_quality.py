@@ -17,7 +17,7 @@ from rich.console import Console
 import llmprune
 from benchmarks import quality, quality_bars, quality_cell, quality_plot, quality_tables, quality_variants
 from benchmarks.quality_results import Estimate, Results
-from benchmarks.quality_variants import TARGETS, VARIANTS, Cell, Model, Variant
+from benchmarks.quality_variants import TARGETS, VARIANTS, Cell, Grid, Model, Variant
 from llmprune.errors import ConfigError
 from llmprune.methods import METHODS
 
@@ -47,17 +47,15 @@ def results_of(gaps: Gaps, *, model: Model = DEMO) -> Results:
 
 def test_this_version_can_do_every_variant() -> None:
     """And every method of the table is one."""
-    quality_variants.check()
+    quality_variants.QUALITY.check()
     assert set(METHODS) <= set(VARIANTS)
 
 
 @pytest.mark.parametrize("fields", [{"method": "wandah"}, {"colour": "red"}, {"method": "wanda", "damping": 7}])
-def test_a_variant_that_cannot_be_is_refused(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_cannot_be_is_refused(fields: dict[str, Any]) -> None:
     """By name, before anything is measured."""
-    monkeypatch.setattr(quality_variants, "_TABLE", (Variant("odd", "score", fields),))
-    monkeypatch.setattr(quality_variants, "VARIANTS", {"odd": Variant("odd", "score", fields)})
     with pytest.raises(ConfigError, match="variant 'odd' at 50 %"):
-        quality_variants.check()
+        Grid.of(TARGETS, [Variant("odd", "score", fields)]).check()
 
 
 def test_the_hash_is_of_every_setting() -> None:
