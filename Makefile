@@ -43,7 +43,7 @@ run: $(READY)
 
 # Bytecode is kept even where the environment says no: dozens of processes import llmprune, every one of them all the tests.
 test: $(READY)
-	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+# Code that comes with a checkpoint is copied there: processes of the tests would write over one another's.
+MODULES = os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmprune-test-modules-")
 
 import gc
 import sys
@@ -86,3 +90,15 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the service that share a file run in one process: they share a running service."""
+    for item in items:
+        if "service" in item.path.relative_to(Path(__file__).parent).parts:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+def pytest_unconfigure() -> None:
+    """Nothing is left behind."""
+    shutil.rmtree(MODULES, ignore_errors=True)

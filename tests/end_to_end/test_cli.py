@@ -25,7 +25,7 @@ from llmprune.report import Evaluation, Inspection, Plan, Report
 from llmprune.spec import PruneConfig
 
 Cli = Callable[..., Any]
-COMMANDS = ("benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune")
+COMMANDS = ("benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune", "recover")
 QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -53,7 +53,7 @@ def python(*arguments: object, **environment: str) -> subprocess.CompletedProces
 
 
 def test_commands_are_the_documented_ones() -> None:
-    """Nine commands, no more."""
+    """Ten commands, no more."""
     assert tuple(command_line.known_commands()) == COMMANDS
 
 
