@@ -46,7 +46,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: Pa
 @pytest.fixture(scope="module")
 def pruned(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     """A model with widths of its own for every layer, and its report."""
-    out = tmp_path_factory.mktemp("out") / "free"
+    out = tmp_path_factory.mktemp("out") / "widths_by_layer"  # a name that no other code of a checkpoint has
     return llmprune.prune(**job, **TYR, budget="parameters", sparsity=0.3, out=out), out
 
 
