@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def _modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Shipped code is copied where the test is."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()])
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)  # packages of another test's folder
 
