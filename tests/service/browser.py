@@ -32,8 +32,9 @@ class Browser:
         self._session = session
 
     def open(self, url: str) -> None:
-        """Go to a page; returns once it is loaded."""
+        """Go to a page; returns once it is loaded, its style sheets too: on a busy machine the driver answers before that."""
         self._call("POST", "url", {"url": url})
+        self.wait(lambda: self.run("return document.readyState") == "complete")
 
     def run(self, script: str, *values: object) -> Any:
         """What the body of a function returns in the page."""

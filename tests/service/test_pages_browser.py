@@ -105,7 +105,7 @@ def test_pages_fit_the_window(browser: Browser, tmp_path: Path, width: int) -> N
         browser.resize(width, 800)
         for path in ("/", f"/ui/jobs/{row.id}", "/login", "/ui/workers"):
             browser.open(f"{url}{path}")
-            assert browser.run("return document.documentElement.scrollWidth") <= width, path
+            assert browser.run("return document.documentElement.scrollWidth") <= width, (path, browser.complaints())
 
 
 def contrast(browser: Browser, css: str) -> float:
