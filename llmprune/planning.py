@@ -162,9 +162,10 @@ class _Planner:
             return {"num_sites": len(self.sites), "num_pruned_weights": total_weights(self.sites)}
         units = units_of(self.config, model, stack)
         return {
-            "num_sites": sum(1 + len(module.producers) for module in units.modules),
-            "num_pruned_weights": sum(module.num_groups * module.parameters_per_group for module in units.modules),
-            "num_modules": len(units.modules),
+            "num_sites": sum(1 + len(module.producers) for module in units.modules)
+            + sum(len(mixture.entries) for mixture in units.mixtures),
+            "num_pruned_weights": sum(part.num_groups * part.parameters_per_group for part in units.parts),
+            "num_modules": len(units.parts),
             "left": units.left,
         }
 

@@ -174,7 +174,7 @@ def test_experts_go_whole(method: str, moe_model_dir: Path, job: dict[str, Any],
     assert report.sparsity == 0.25
 
 
-def test_tyr_takes_experts_out_too(moe_model_dir: Path, job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any]) -> None:
+def test_tyr_takes_experts_out_too(moe_model_dir: Path, job: dict[str, Any], tmp_path: Path) -> None:
     """Of all mixtures alike, by the config; of some by the code in the checkpoint, with attention; or of none, and why."""
     options = job | {"model": str(moe_model_dir), "method": "tyr", "sparsity": 0.25}
     alike = llmprune.prune(**options, tyr_preset="local", skip=("*self_attn*",), out=tmp_path / "alike")
@@ -190,7 +190,8 @@ def test_tyr_takes_experts_out_too(moe_model_dir: Path, job: dict[str, Any], tmp
     assert 0.25 <= report.sparsity < 0.5 and "experts of 1" in structure.iterations[0].steps
     loaded = llmprune.load(tmp_path / "free")
     assert loaded.num_parameters() == structure.num_parameters == structure.num_parameters_dense - structure.num_removed
-    assert cli("plan", moe_model_dir, "--method", "tyr", "--calibration", job["calibration"], "--no-eval").code == 0
+    plan = llmprune.plan(moe_model_dir, method="tyr", calibration=job["calibration"], eval=())
+    assert plan.num_modules == len(structure.modules) == 4 and plan.num_pruned_weights == structure.num_removable
     for asked, why in ({"widths": "uniform"}, "--widths free"), ({"budget": "latency"}, "cost no time"):
         whole = llmprune.prune(**options | {"sparsity": 0.5}, tyr_preset="local", out=tmp_path / why, **asked)
         assert whole.structure is not None and why in whole.structure.left["model.layers.0.mlp.experts"]
