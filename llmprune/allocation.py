@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from llmprune.allocate.mixed import Menu
 from llmprune.anatomy.blocks import Stack, eager_experts, record
 from llmprune.anatomy.sites import select
 from llmprune.devices import module_device
-from llmprune.engines.divergence import Divergence, Logits
+from llmprune.engines.divergence import Divergence
 from llmprune.engines.evolution import Group, Shelves, rung_bytes, scratch
 from llmprune.engines.survey import Survey, probe_sequences, shapes_of, surveyor
 from llmprune.events import Event, Progress
 from llmprune.measure.dispatch import dispatched
-from llmprune.measure.quality import replay_tail
+from llmprune.measure.heads import head_of
 from llmprune.methods import get_method
 from llmprune.report import AllocationReport, SearchReport
 from llmprune.spec import Pattern, PruneConfig, Scope, Target
@@ -116,12 +115,7 @@ class Sharing:
         with eager_experts(model):
             yield from self._steps(survey.run())
         if num_probes:
-            with dispatched(model, self.device):
-                device = module_device(model)
-
-                def logits(number: int, hidden_NSH: Tensor) -> Tensor:
-                    return replay_tail(model, self.stack, ids_NS[number : number + 1].to(device), hidden_NSH)
-
+            with head_of(model, self.stack, ids_NS[:num_probes].split(1), self.device)() as logits:
                 yield from self._steps(survey.measure(logits))
         return survey.facts
 
@@ -152,12 +146,7 @@ class Sharing:
         walk = surveyor(self.stack, calibration, config, self.device)
         walk.needs = walk.method.needs
 
-        @contextmanager
-        def head() -> Iterator[Logits]:
-            with dispatched(model, self.device):
-                device = module_device(model)
-                yield lambda chunk, hidden_NSH: replay_tail(model, self.stack, chunks[chunk].to(device), hidden_NSH)
-
+        head = head_of(model, self.stack, chunks, self.device)
         done = len(self.stack.blocks) + self.num_probes
         with scratch(rung_bytes(groups, changes=walk.method.updates_weights), self.directory) as directory:
             shelves = Shelves(self.stack, groups, directory)

@@ -15,11 +15,12 @@ from llmprune.engines.depth import DepthChoice, DepthMethod, choose_blocks, num_
 from llmprune.errors import ConfigError
 from llmprune.events import Event, Progress
 from llmprune.measure.dispatch import dispatched
+from llmprune.measure.heads import head_of
 from llmprune.patterns import Structure, num_pruned
 from llmprune.spec import PruneConfig
 from llmprune.structure import BlockChoice
 from llmprune.structured.depth import remove_blocks_
-from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting, head_of, search_texts
+from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting, search_texts
 
 DEPTH_TOKENS = 8192
 """Calibration tokens that sets of blocks are measured on, at most."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -13,12 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Recording, Stack
-from llmprune.devices import module_device
-from llmprune.engines.divergence import Head, Logits
 from llmprune.events import Event
 from llmprune.io.journal import Journal
-from llmprune.measure.dispatch import dispatched
-from llmprune.measure.quality import replay_tail
 from llmprune.patterns import Structure
 from llmprune.processes import first_says
 from llmprune.spec import PruneConfig
@@ -122,20 +117,3 @@ def search_texts(ids_NS: Tensor, most: int) -> tuple[Tensor, ...]:
     texts = ids_NS[: max(1, most // ids_NS.shape[1])]
     chunks: tuple[Tensor, ...] = texts.split(max(1, CHUNK_TOKENS // ids_NS.shape[1]))
     return chunks
-
-
-def head_of(model: PreTrainedModel, stack: Stack, chunks: Sequence[Tensor], device: torch.device) -> Head:
-    """The model's own head on the last block's outputs of these chunks [N, S]."""
-
-    @contextmanager
-    def head() -> Generator[Logits, None, None]:
-        with dispatched(model, device):
-            where = module_device(model)
-
-            def logits(chunk: int, hidden_NSH: Tensor) -> Tensor:
-                ids_NS = chunks[chunk][: hidden_NSH.shape[0], : hidden_NSH.shape[1]]  # a draw is of any of its sequences
-                return replay_tail(model, stack, ids_NS.to(where), hidden_NSH)
-
-            yield logits
-
-    return head

@@ -20,6 +20,7 @@ from llmprune.engines.tyr_settings import PRESETS, TyrSettings
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import Event, Progress
 from llmprune.measure.dispatch import dispatched
+from llmprune.measure.heads import head_of
 from llmprune.measure.modules import seconds_per_group
 from llmprune.patterns import Structure
 from llmprune.spec import PruneConfig
@@ -32,7 +33,7 @@ from llmprune.structured.slicing import Cut, slice_model_
 from llmprune.structured.uniform import Widths, closest, shortfall, uniform_widths
 from llmprune.structured.units import Module, Part, Units, find_units, keep_experts, select_units
 from llmprune.structured.widths import describe_, uniform_counts, uniform_fields
-from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting, head_of, search_texts
+from llmprune.structuring.choice import CHECK_TOKENS, Choice, Setting, search_texts
 
 SEARCH_TOKENS = 8192
 """Calibration tokens that the best candidates are measured on, at most; the paper's preset has its own number."""
