@@ -25,6 +25,11 @@ _N_TO_M = re.compile(r"([1-9]\d?):([1-9]\d?)", re.ASCII)
 _MAX_M = 32
 
 
+def structure_of(method: str) -> Structure | None:
+    """The structure that a method names by itself: ``magnitude`` prunes weights too, and names none."""
+    return next((name for name, known in STRUCTURE_METHODS.items() if method in known and method != "magnitude"), None)
+
+
 class Need(IntEnum):
     """The input statistics a method needs; each level holds the ones below it."""
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from llmprune.efforts import EFFORTS
 from llmprune.errors import ConfigError
 from llmprune.patterns import MIXED as MIXED
-from llmprune.patterns import STRUCTURE_METHODS
+from llmprune.patterns import STRUCTURE_METHODS, structure_of
 from llmprune.patterns import Need as Need
 from llmprune.patterns import Pattern as Pattern
 from llmprune.patterns import Scope as Scope
@@ -251,8 +251,8 @@ class PruneConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         method, pattern = values.get("method"), values.get("pattern")
-        if pattern is None and method != "magnitude":  # which prunes weights too
-            pattern = next((name for name, known in STRUCTURE_METHODS.items() if method in known), None)
+        if pattern is None and isinstance(method, str):
+            pattern = structure_of(method)
         if pattern not in STRUCTURE_METHODS:
             return values
         return {"sparsity": DEFAULT_STRUCTURE_SPARSITY, "method": STRUCTURE_METHODS[pattern][0], **values, "pattern": pattern}
@@ -306,8 +306,7 @@ class PruneConfig(BaseModel):
         search = [name for name in type(self).model_fields if name == "budget" or name.startswith("tyr_")]
         structure = pattern.structure
         if structure is None:
-            methods = {name for known in STRUCTURE_METHODS.values() for name in known} - {"magnitude"}
-            if self.method in methods:
+            if structure_of(self.method):
                 raise ConfigError(
                     f"method {self.method} takes out what goes whole, and pattern {pattern} leaves zeros. Drop --pattern, or "
                     "choose another --method."
