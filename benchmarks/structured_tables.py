@@ -40,7 +40,8 @@ def page(results: Results, timing: Timing) -> str:
     parts = [
         "# Structured pruning, measured",
         "`make bench-structured` measures, and `python -m benchmarks structured --tables` writes this page, "
-        "[structured_results.csv](structured_results.csv) and the plot from the results; nothing here is written by hand.",
+        "[structured_results.csv](structured_results.csv) and the plot "
+        "from the results; docs/log.md says which seconds of the first cells were corrected.",
         f"Every cell calibrates, prunes and evaluates in a process of its own. The share asked for is of the parameters of the "
         "attentions and FFNs; *removed* is what really went of them. Variants without a suffix remove that share of all "
         "together (`--budget parameters`), `-kinds` the share of each (the paper's way, where attention can give so much), "

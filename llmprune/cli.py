@@ -309,8 +309,6 @@ def inspect(
 
 
 app.command(epilog="Example: llmprune convert pruned --to packed")(convert)
-
-
 app.command(epilog="Example: llmprune recover pruned --out recovered")(recover)
 
 

@@ -2,7 +2,7 @@
 
 Every supernet is built from the dense weights, around the best that was found; the one before it is gone by then. Beyond the
 paper: the search starts at what dynamic programming makes of measured curves where that is better than the centre, an iteration
-that ends worse than one before it is not taken, and the result is pruned once more as a model of its own.
+that ends worse than one before it is not taken, and the result may be pruned once more as a model of its own.
 """
 
 from __future__ import annotations
