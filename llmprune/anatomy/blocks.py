@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from llmprune.anatomy.sites import Site, find_sites, never_pruned
 from llmprune.anatomy.watch import Watcher, orient
+from llmprune.devices import module_device, placed
 from llmprune.errors import UnsupportedModel
 
 HIDDEN = ("hidden_states", "x", "hidden")
@@ -45,6 +46,14 @@ class Stack:
     def name(self, index: int) -> str:
         """Path of a block in the model."""
         return f"{self.path}.{index}"
+
+    @contextmanager
+    def placed(self, index: int, device: torch.device) -> Iterator[torch.device]:
+        """Hold a block where it can run, and give that device: ``device`` for a block that lies in CPU memory."""
+        home = module_device(self.blocks[index])
+        where = device if home.type == "cpu" else home
+        with placed(self.blocks[index], where):
+            yield where
 
 
 @dataclass

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.anatomy.blocks import Recording, Stack
-from llmprune.devices import module_device, placed
 from llmprune.engines.divergence import Head
 from llmprune.errors import NonFiniteError, UnsupportedModel
 from llmprune.solvers.anneal import anneal
@@ -111,9 +110,7 @@ def block_influence(stack: Stack, recording: Recording, device: torch.device) ->
     streams = list(recording.hidden)
     for index, block in enumerate(stack.blocks):
         total, num_tokens = 0.0, 0
-        home = module_device(block)
-        here = device if home.type == "cpu" else home
-        with placed(block, here):
+        with stack.placed(index, device) as here:
             for chunk, before_NSH in enumerate(streams):
                 before_NSH = before_NSH.to(here)
                 after_NSH = recording.calls[chunk][index].run(block, before_NSH)
@@ -228,9 +225,7 @@ def _outputs(
     streams: dict[tuple[Blocks, int], Tensor] = {((), chunk): hidden for chunk, hidden in enumerate(recording.hidden)}
     for index, block in enumerate(stack.blocks):
         before, streams = streams, {}
-        home = module_device(block)
-        here = device if home.type == "cpu" else home
-        with placed(block, here):
+        with stack.placed(index, device) as here:
             for gone in dict.fromkeys(tuple(one for one in whole if one <= index) for whole in sets):
                 for chunk in chunks:
                     if gone and gone[-1] == index:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune.anatomy.blocks import Recording, Stack
-from llmprune.devices import free_bytes, module_device, placed
+from llmprune.devices import free_bytes
 from llmprune.engines.draws import Part, draw, narrowed, whole
 from llmprune.engines.evolution import Variants
 from llmprune.processes import spread
@@ -139,9 +139,7 @@ class Divergence:
         streams: dict[tuple[Candidate, Part], Tensor] = {}
         for index, block in enumerate(self.stack.blocks):
             after: dict[tuple[Candidate, Part], Tensor] = {}
-            home = module_device(block)
-            device = self.device if home.type == "cpu" else home
-            with placed(block, device):
+            with self.stack.placed(index, self.device) as device:
                 for candidate in self._in_turn(candidates, index):
                     before, key = self._prefix(candidate, index - 1), self._prefix(candidate, index)
                     if (key, parts[0]) in after:

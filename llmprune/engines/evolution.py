@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmprune.anatomy.blocks import Stack
 from llmprune.anatomy.sites import Site
-from llmprune.devices import free_bytes, module_device, placed
+from llmprune.devices import free_bytes
 from llmprune.engines.layerwise import Walk
 from llmprune.errors import OutputError
 from llmprune.spec import Target
@@ -170,10 +170,9 @@ class Shelves(Variants[Group]):
             NonFiniteError, FactorizationError: as the walk does.
         """
         for index, block in enumerate(self.stack.blocks):
-            home = module_device(block)
             shelf = self.shelves[index] = Shelf(f"block{index}", self.directory)
             members = {site.name: site for group in self.groups if group.block == index for site in group.sites}
-            with placed(block, walk.device if home.type == "cpu" else home):
+            with self.stack.placed(index, walk.device):
                 stats = walk.collect(index, block, members, whole=True, keep=True)
                 for number, group in enumerate(self.groups):
                     if group.block == index:

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from llmprune.anatomy.blocks import Recording, Stack
-from llmprune.devices import module_device, placed
 from llmprune.engines.layerwise import Walk
 from llmprune.errors import NonFiniteError, UnsupportedModel
 from llmprune.spec import Need, PruneConfig
@@ -84,8 +83,7 @@ def input_stats(
     for index, block in enumerate(stack.blocks):
         own = {module.consumer.name: module for module in modules if module.block == index}
         sites = {name: module.consumer for name, module in own.items()}
-        home = module_device(block)
-        with placed(block, device if home.type == "cpu" else home):
+        with stack.placed(index, device):
             collected = walk.collect(index, block, sites, whole=True, keep=True, needs=Need.MEAN)
         for name, module in own.items():
             if name not in collected:

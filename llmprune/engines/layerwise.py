@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.anatomy.sites import Site, select, write_
 from llmprune.anatomy.watch import SharedInputs, Watcher
-from llmprune.devices import module_device, placed
+from llmprune.devices import module_device
 from llmprune.engines.permute import permute_
 from llmprune.engines.reconstruct import reconstruct_
 from llmprune.errors import FactorizationError, NonFiniteError
@@ -107,8 +107,7 @@ class Walk:
             name, block = self.stack.name(index), self.stack.blocks[index]
             yield BlockStarted(block=index, name=name, num_blocks=num_blocks)
             sites = select(self.stack.sites[index], self.config.skip)
-            home = module_device(block)
-            with placed(block, self.device if home.type == "cpu" else home):
+            with self.stack.placed(index, self.device):
                 if self.dense:
                     self._advance_dense(index, block)  # before anything changes: a resumed run carries them the same way
                 permutations = self._permute(index, block, sites) if self.config.permute else ()
@@ -134,8 +133,7 @@ class Walk:
         """
         for index in range(num_blocks):
             block = self.stack.blocks[index]
-            home = module_device(block)
-            with placed(block, self.device if home.type == "cpu" else home):
+            with self.stack.placed(index, self.device):
                 if dense:
                     self._advance_dense(index, block)
                 else:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.anatomy.blocks import Recording, Stack
-from llmprune.devices import module_device, placed
 from llmprune.errors import NonFiniteError, UnsupportedModel
 from llmprune.structured.experts import Mixture, Muted
 
@@ -51,10 +50,8 @@ def expert_scores(
     streams = list(recording.hidden)
     found = []
     for index, block in enumerate(stack.blocks):
-        home = module_device(block)
-        here = device if home.type == "cpu" else home
         mixture = by_block.get(index)
-        with placed(block, here):
+        with stack.placed(index, device) as here:
             tally = Tally(Muted(mixture, block, stack.name(index))) if mixture else None
             try:
                 for chunk, before_NSH in enumerate(streams):

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from llmprune.anatomy.blocks import Recording
 from llmprune.anatomy.sites import Site
-from llmprune.devices import module_device, placed
 from llmprune.engines.evolution import Shelf, Variants
 from llmprune.engines.layerwise import Walk
 from llmprune.engines.reap import ExpertScores, Tally, best_experts
@@ -117,8 +116,7 @@ class Supernet(Variants[Rack]):
         walk = Walk(self.stack, Recording(list(recording.hidden), calls), PruneConfig(), device)
         for index, block in enumerate(self.stack.blocks):
             self.shelves[index] = Shelf(f"block{index}", self.directory)
-            home = module_device(block)
-            with placed(block, device if home.type == "cpu" else home):
+            with self.stack.placed(index, device):
                 self._fill_block(walk, index, block)
             self.shelves[index].close()
             yield index + 1

@@ -33,7 +33,7 @@ from llmprune.allocate.owl import OUTLIER_FACTOR
 from llmprune.allocate.pqi import P, Q
 from llmprune.anatomy.blocks import Call, Recording, Stack
 from llmprune.anatomy.sites import Site, select, write_
-from llmprune.devices import module_device, placed
+from llmprune.devices import module_device
 from llmprune.engines.layerwise import MIN_EXPERT_TOKENS, Walk, relative_output_error
 from llmprune.events import Progress
 from llmprune.methods import Method, get_method
@@ -84,8 +84,7 @@ class Survey:
         total = len(blocks) + (len(self.probe.hidden[0]) if self.probe else 0)
         for index, block in enumerate(blocks):
             sites = select(self.stack.sites[index], self.config.skip)
-            home = module_device(block)
-            with placed(block, self.device if home.type == "cpu" else home):
+            with self.stack.placed(index, self.device):
                 stats = walk.collect(index, block, {site.name: site for site in sites}, whole=True, keep=True)
                 if self.needs == "scores":
                     self.facts += _scores_of(index, sites, stats)
