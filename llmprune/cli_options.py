@@ -73,6 +73,7 @@ IcbsSequences = Annotated[int | None, config_option("icbs_sequences", "--icbs-se
 IcbsHessian = Annotated[str | None, config_option("icbs_hessian", "--icbs-hessian")]
 IcbsSolver = Annotated[str | None, config_option("icbs_solver", "--icbs-solver")]
 Device = Annotated[str | None, config_option("device", "--device")]
+Offload = Annotated[str | None, config_option("offload", "--offload")]
 DtypeName = Annotated[str | None, config_option("dtype", "--dtype")]
 ExportName = Annotated[str | None, config_option("export", "--export")]
 Seed = Annotated[int | None, config_option("seed", "--seed")]

@@ -128,8 +128,8 @@ def environment(device: torch.device) -> Environment:
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter."""
-    return next(module.parameters()).device
+    """Device of a module's first parameter, of those that are not on disk."""
+    return next((one.device for one in module.parameters() if not one.is_meta), torch.device("meta"))
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, War
 from llmprune.io import checkpoint
 from llmprune.io.journal import Journal, difference
 from llmprune.io.models import Source, known_revision, load_model, load_tokenizer, local_directory, resolve
+from llmprune.io.streaming import StreamedBlocks, load_streamed, not_streamed
 from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
 from llmprune.measure.benchmark import benchmark_models
 from llmprune.measure.dispatch import dispatched
@@ -88,6 +89,7 @@ class Job:
     out: Path | None = None
     resume: bool = False
     source: Source | None = None
+    streamed: StreamedBlocks | None = None
     journal: Journal | None = None
     warnings: list[str] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
@@ -203,7 +205,11 @@ class Job:
                 checkpoint.check_output(self.out, self.source.path)
                 checkpoint.check_disk(self.out, (3 if self.config.export == "packed" else 2) * self.source.dense_bytes)
             self.tokenizer = self.tokenizer or load_tokenizer(self.source.path, self.config)
-            self.model = load_model(self.source, self.config, self._home())
+            place = self._place()
+            if place == "disk":
+                self.model, self.streamed = load_streamed(self.source, self.config)
+            else:
+                self.model = load_model(self.source, self.config, self.device if place == "device" else torch.device("cpu"))
         elif module_device(self.model).type != "cpu":
             self.device = module_device(self.model)
         if self.tokenizer is None:
@@ -218,7 +224,8 @@ class Job:
         self.seq_len = self.config.seq_len or default_seq_len(text_config)
         self.stack = self._probe()
         self._check_sites(self.stack)
-        _check_finite(self.stack)
+        if not self.streamed:  # which is checked as it comes
+            _check_finite(self.stack)
         self.model_report = describe_model(self.model, self.stack, self.source)
         yield clock.finished()
 
@@ -258,6 +265,7 @@ class Job:
             "tokens": self.calibration.report.sha256,
             "batch_size": self.batch_size,
             "seq_len": self.seq_len,
+            "streamed": self.streamed is not None,
             "llmprune": __version__,
             "torch": torch.__version__,
             **_config_fields(self.config),
@@ -429,7 +437,7 @@ class Job:
         """Speed of the dense and the packed model, for a packed checkpoint; afterwards the model is dense again."""
         model = self.model
         assert model is not None
-        if self.config.export != "packed" or not self.config.latency or not can_pack(model):
+        if self.config.export != "packed" or not self._latency or not can_pack(model):
             return
 
         del self.stack  # its sites would keep every dense weight alive
@@ -459,9 +467,11 @@ class Job:
         folder = self.out.with_name(f".{self.out.name}.tmp")
         try:
             source = self.source.path if self.source else None
+            rest, shards = (self.streamed.rest, self._shards()) if self.streamed else (None, [])
             checkpoint.save_weights(
-                self.model, folder, tokenizer=self.tokenizer, source=source, code=self.config.trust_remote_code
-            )
+                self.model, folder, tokenizer=self.tokenizer, source=source, code=self.config.trust_remote_code,
+                rest=rest, shards=shards,
+            )  # fmt: skip
             yield Progress(stage="save", done=1, total=2)
             if self.config.export == "packed":
                 yield from self._pack(folder)
@@ -490,15 +500,20 @@ class Job:
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def _latency(self) -> bool:
+        """Whether speed is measured; of a model that is streamed it would be that of the disk."""
+        return self.config.latency and not self.streamed
+
     def _scoring(self) -> Scoring:
         assert self.model is not None
-        prompt_1S = self.calibration.ids_NS[:1] if self.config.latency else None
+        prompt_1S = self.calibration.ids_NS[:1] if self._latency else None
         return Scoring(self.model, self.stack, self.texts, self.device, prompt_1S)
 
     def _report(self, checkpoint_bytes: int | None) -> Report:
         assert self.model is not None
         latency = None
-        if self.config.latency:
+        if self._latency:
             note = "" if self.structure else DENSE_NOTE
             latency = Latency(device=device_name(self.device), dense=self.dense.speed, pruned=self.pruned.speed, note=note)
         return Report(
@@ -515,7 +530,7 @@ class Job:
             quality=self.pruned.quality,
             latency=latency,
             stages=tuple(self.stages),
-            num_zeros_model=sum(int((parameter == 0).sum()) for parameter in self.model.parameters()),
+            num_zeros_model=self._num_zeros(),
             warnings=tuple(self.warnings),
             resumed=self.resumed,
             out=str(self.out) if self.out else None,
@@ -524,12 +539,33 @@ class Job:
             benchmark=self.benchmark,
         )
 
-    def _home(self) -> torch.device:
-        """Where the weights live: on the device if model and one block's work fit there, else in CPU memory."""
+    def _place(self) -> memory.Place:
+        """Where the weights wait; a run that is resumed goes on with those that it had."""
         assert self.source is not None
-        if self.device.type == "cpu" or self.source.dense_bytes * 1.3 > free_bytes(self.device):
-            return torch.device("cpu")
-        return self.device
+        reason = not_streamed(self.config, self.out)
+        if self.config.offload == "disk" and reason:
+            raise ConfigError(f"weights cannot stay on disk {reason}.")
+        recorded = self._journal_of(self.out) if self.out and self.resume else None
+        if recorded and recorded.exists and "streamed" in (before := recorded.recorded()) and before["streamed"]:
+            return "disk"
+        device_free = free_bytes(self.device) if self.device.type != "cpu" else None
+        place = memory.weights_place(
+            self.config.offload, self.source.dense_bytes, device_free=device_free, cpu_free=free_bytes(torch.device("cpu"))
+        )
+        return "cpu" if place == "disk" and reason else place
+
+    def _shards(self) -> list[Path]:
+        """The files of the pruned blocks of a model that is streamed."""
+        assert self.journal is not None
+        return [self.journal.weights_file(index) for index in range(len(self.stack.blocks))]
+
+    def _num_zeros(self) -> int:
+        """Of the whole model."""
+        assert self.model is not None
+        blocks = 0
+        if self.streamed and self.journal:
+            blocks = sum(self.journal.num_zeros(index) for index in range(len(self.stack.blocks)))
+        return blocks + sum(int((parameter == 0).sum()) for parameter in self.model.parameters() if not parameter.is_meta)
 
     @staticmethod
     def _journal_of(out: Path) -> Journal:
@@ -540,7 +576,7 @@ class Job:
         assert self.model is not None
         with dispatched(self.model, self.device):
             ids_1S = torch.arange(16, device=module_device(self.model))[None] % self.model.config.get_text_config().vocab_size
-            return probe(self.model, find_stack(self.model), ids_1S)
+            return probe(self.model, replace(find_stack(self.model), weights=self.streamed), ids_1S)
 
     def _check_sites(self, stack: Stack) -> None:
         pattern = Pattern.parse(self.config.pattern)

@@ -6,9 +6,12 @@ H hidden, T tokens of one forward, I in and O out features of a site. All result
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from llmprune.anatomy.sites import Site
-from llmprune.spec import Need
+from llmprune.spec import Need, Offload
+
+Place = Literal["device", "cpu", "disk"]
 
 STAGED_TOKENS = 8192
 """Tokens of one forward when the calibration set goes through a block in several batches."""
@@ -16,6 +19,24 @@ STAGED_TOKENS = 8192
 RECONSTRUCTION_BATCHES = 16
 """Batches that reconstruction wants at least: an eighth held out, the others in turn; fewer and larger ones cost more than they
 gain."""
+
+
+WEIGHTS_ROOM = 1.3
+"""Bytes that have to be free for each byte of weights that are to stay: the rest is for the work of a block."""
+
+
+def weights_place(offload: Offload, weights_bytes: int, *, device_free: int | None, cpu_free: int) -> Place:
+    """Where the weights wait while others are worked on: on the device, in CPU memory or on disk.
+
+    Args:
+        device_free: bytes that are free on the accelerator; None without one.
+        cpu_free: bytes that are free in CPU memory.
+    """
+    if offload == "disk":
+        return "disk"
+    if offload == "none" or (offload == "auto" and device_free is not None and WEIGHTS_ROOM * weights_bytes <= device_free):
+        return "device"
+    return "disk" if offload == "auto" and WEIGHTS_ROOM * weights_bytes > cpu_free else "cpu"
 
 
 def block_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_size: int, itemsize: int, need: Need) -> int:

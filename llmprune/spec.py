@@ -34,6 +34,7 @@ Widths = Literal["free", "uniform"]
 StructureBudget = Literal["kinds", "parameters", "latency"]
 TyrPreset = Literal["local", "fast", "standard", "paper"]
 Export = Literal["dense", "packed"]
+Offload = Literal["auto", "none", "cpu", "disk"]
 PackedFormat = Literal["2:4", "bitmask"]
 PackFormat = Literal["auto", "2:4", "bitmask"]
 
@@ -210,6 +211,11 @@ class PruneConfig(BaseModel):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps ...: where blocks are pruned and evaluated.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto keeps the checkpoint's.")
+    offload: Offload = Field(
+        "auto",
+        description="Where weights and hidden states wait: 'none' on the device, 'cpu' in memory, 'disk' in files, a block of "
+        "the model at a time being read; 'auto' as they fit.",
+    )
     export: Export = Field(
         "dense", description="'dense': zeros in ordinary tensors, for any engine; 'packed': smaller, loaded by llmprune."
     )

@@ -1,18 +1,23 @@
-"""The walk over the blocks as a job does it: every finished block goes to the journal, recorded ones are put back."""
+"""The walk over the blocks as a job does it: every finished block goes to the journal, recorded ones are put back.
+
+The weights of blocks that lie on disk are written by a thread of its own, while the walk goes on with the next block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Recording, Stack, eager_experts, record
 from llmprune.devices import module_device
 from llmprune.engines.layerwise import Walk, WalkEvent
-from llmprune.events import BlockFinished
+from llmprune.events import BlockFinished, BlockStarted, Progress
 from llmprune.io.journal import Journal
 from llmprune.measure.dispatch import dispatched
 from llmprune.report import BlockReport
@@ -42,9 +47,12 @@ class JournaledWalk:
                 walk.replay(start, dense=True)
         reports = []
         for index in range(start):
-            report, weights = self.journal.read_block(index, self.kind)
-            walk.stack.blocks[index].load_state_dict(weights, strict=False)
-            reports.append(report)
+            reports.append(self.journal.read_block(index, self.kind))
+            file = self.journal.weights_file(index, self.kind)
+            if walk.stack.weights is not None:
+                walk.stack.weights.replace(index, file)
+            else:
+                walk.stack.blocks[index].load_state_dict(load_file(file), strict=False)
         if recording.stateful:
             with eager_experts(self.model):
                 walk.replay(start)
@@ -55,13 +63,40 @@ class JournaledWalk:
 
     def run(self, start: int) -> Iterator[WalkEvent]:
         """Prune the blocks from ``start`` on; a finished one is recorded before it is told of."""
-        with eager_experts(self.model):
+        with eager_experts(self.model), ThreadPoolExecutor(1, "llmprune-write") as writer:
+            if self.journal is None:
+                yield from self.walk.run(start)
+                return
+            finish: Callable[[], BlockFinished] | None = None  # of the block that is being written
             for event in self.walk.run(start):
-                if isinstance(event, BlockFinished) and self.journal:
-                    weights = dict(self.walk.stack.blocks[event.block].named_parameters())
-                    digest = self.journal.write_block(event.block, event.report, weights, self.walk.hidden, self.kind)
-                    event = event.model_copy(update={"sha256": digest})
-                yield event
+                if finish and not isinstance(event, BlockStarted | Progress):
+                    yield finish()
+                    finish = None
+                if not isinstance(event, BlockFinished):
+                    yield event
+                    continue
+                finish = self._record(event, writer)
+                if self.walk.stack.weights is None:  # what is in memory may change
+                    yield finish()
+                    finish = None
+            if finish:
+                yield finish()
+
+    def _record(self, event: BlockFinished, writer: Executor) -> Callable[[], BlockFinished]:
+        """Begin to record the block that the walk holds; what is returned waits for its end."""
+        assert self.journal is not None
+        journal, index, weights = self.journal, event.block, self.walk.stack.weights
+        tensors = weights.export(index) if weights else dict(self.walk.stack.blocks[index].named_parameters())
+        state = (tensors, list(self.walk.hidden), torch.get_rng_state())
+        writing = writer.submit(journal.write_block, index, event.report, *state, self.kind)
+
+        def finish() -> BlockFinished:
+            digest = writing.result()
+            if weights:
+                weights.replace(index, journal.weights_file(index, self.kind))
+            return event.model_copy(update={"sha256": digest})
+
+        return finish
 
 
 def record_batches(model: PreTrainedModel, stack: Stack, batches: Sequence[Tensor], device: torch.device) -> Recording:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,32 @@ _TOWER = re.compile(r"vision|visual|image|audio|speech|encoder\.(?!layer)", re.I
 _MIN_REACH = 0.99
 
 
+class Weights(Protocol):
+    """The weights of blocks that lie on disk, and on ``meta`` but while a block is held.
+
+    Attributes:
+        on_load: told the number of every block that comes in.
+    """
+
+    on_load: Callable[[int], None] | None
+
+    def placed(self, index: int, device: torch.device) -> AbstractContextManager[torch.device]:
+        """Hold a block on ``device``; what was changed in it is gone afterwards."""
+
+    def export(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a held block as a checkpoint has them, in CPU memory."""
+
+    def replace(self, index: int, file: Path) -> None:
+        """From now on a block is what this file of exported tensors holds."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """The decoder blocks of a model, in the order they are called.
 
     ``rests[i]`` is what block i returns beside the hidden state: None where it returns a bare tensor, else the other
-    members of its tuple, as seen on a short probe. ``repeated`` names the sites used more than once in a forward.
+    members of its tuple, as seen on a short probe. ``repeated`` names the sites used more than once in a forward. ``weights``
+    brings the blocks' weights where they lie on disk; None where the model holds them.
     """
 
     path: str
@@ -42,6 +63,7 @@ class Stack:
     rests: tuple[tuple[Any, ...] | None, ...] = ()
     sites: tuple[tuple[Site, ...], ...] = ()
     repeated: frozenset[str] = frozenset()
+    weights: Weights | None = None
 
     def name(self, index: int) -> str:
         """Path of a block in the model."""
@@ -49,7 +71,11 @@ class Stack:
 
     @contextmanager
     def placed(self, index: int, device: torch.device) -> Iterator[torch.device]:
-        """Hold a block where it can run, and give that device: ``device`` for a block that lies in CPU memory."""
+        """Hold a block where it can run, and give that device: ``device`` for a block that lies in CPU memory or on disk."""
+        if self.weights is not None:
+            with self.weights.placed(index, device) as where:
+                yield where
+            return
         home = module_device(self.blocks[index])
         where = device if home.type == "cpu" else home
         with placed(self.blocks[index], where):
@@ -146,11 +172,16 @@ def probe(model: PreTrainedModel, stack: Stack, input_ids_NS: Tensor) -> Stack:
         for index, block in enumerate(stack.blocks)
     ]
     uses: Counter[str] = Counter()
-    watcher = Watcher([site for sites in stack.sites for site in sites], lambda site, _: uses.update([site.name]))
+    held = [] if stack.weights else [site for sites in stack.sites for site in sites]
+    watcher = Watcher(held, lambda site, _: uses.update([site.name]))
+    if stack.weights is not None:
+        stack.weights.on_load = lambda index: watcher.watch(stack.sites[index])
     try:
         with watcher, eager_experts(model):
             model(input_ids=input_ids_NS, use_cache=False)
     finally:
+        if stack.weights is not None:
+            stack.weights.on_load = None
         for handle in handles:
             handle.remove()
     if order != list(range(len(stack.blocks))):
@@ -160,7 +191,7 @@ def probe(model: PreTrainedModel, stack: Stack, input_ids_NS: Tensor) -> Stack:
         )
     sites = tuple(tuple(orient(list(sites), watcher.orientation)) for sites in stack.sites)
     repeated = frozenset(name for name, count in uses.items() if count > 1)
-    done = Stack(stack.path, stack.blocks, tuple(rests[i] for i in range(len(stack.blocks))), sites, repeated)
+    done = replace(stack, rests=tuple(rests[i] for i in range(len(stack.blocks))), sites=sites, repeated=repeated)
     _check_reach(model, done)
     _check_independence(model, done, input_ids_NS)
     return done

@@ -48,6 +48,10 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.on_input = on_input
         self.orientation: dict[str, bool] = {}
+        self.watch(sites)
+
+    def watch(self, sites: Iterable[Site]) -> None:
+        """Watch these sites, whose weights are in memory now, instead of those before."""
         self._sites: dict[int, list[tuple[int, int, Site]]] = defaultdict(list)
         for site in sites:
             stored = site.stored

@@ -112,18 +112,18 @@ class Walk:
                     self._advance_dense(index, block)  # before anything changes: a resumed run carries them the same way
                 permutations = self._permute(index, block, sites) if self.config.permute else ()
                 reports, reconstruction = yield from self._prune_block(index, block, sites)
-            order = {site.name: position for position, site in enumerate(sites)}
-            reports.sort(key=lambda report: order[report.name])
-            for report in reports:
-                yield SitePruned(block=index, site=report)
-            seconds = time.perf_counter() - begun
-            summary = BlockReport(
-                index=index, name=name, seconds=seconds, sites=tuple(reports), permutations=permutations,
-                reconstruction=reconstruction,
-            )  # fmt: skip
-            for message in block_messages(summary):
-                yield Warned(message=message)
-            yield BlockFinished(block=index, num_blocks=num_blocks, report=summary)
+                order = {site.name: position for position, site in enumerate(sites)}
+                reports.sort(key=lambda report: order[report.name])
+                for report in reports:
+                    yield SitePruned(block=index, site=report)
+                seconds = time.perf_counter() - begun
+                summary = BlockReport(
+                    index=index, name=name, seconds=seconds, sites=tuple(reports), permutations=permutations,
+                    reconstruction=reconstruction,
+                )  # fmt: skip
+                for message in block_messages(summary):
+                    yield Warned(message=message)
+                yield BlockFinished(block=index, num_blocks=num_blocks, report=summary)  # its weights can still be read
 
     @torch.no_grad()
     def replay(self, num_blocks: int, *, dense: bool = False) -> None:

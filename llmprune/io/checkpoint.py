@@ -10,15 +10,17 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.errors import DiskFull, OutputError
+from llmprune.io.headers import read_header
 from llmprune.io.journal import sync_and_hash, sync_directory, write_durably
 from llmprune.io.render import render_card, render_html
 from llmprune.report import Report
@@ -104,7 +106,14 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def save_weights(
-    model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None, source: Path | None, code: bool
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: Path | None,
+    code: bool,
+    rest: dict[str, Tensor] | None = None,
+    shards: Sequence[Path] = (),
 ) -> None:
     """Write weights, config and tokenizer to ``folder``; what pruning does not change is copied from ``source`` byte for byte.
 
@@ -113,10 +122,13 @@ def save_weights(
     Args:
         code: also copy the modelling code the source ships (it was loaded with remote code allowed); without, what was
             loaded is transformers' own class, and the checkpoint does not refer to code it does not hold.
+        rest, shards: of a model whose blocks are on disk the tensors that are in no block, and the blocks' files.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=rest)
+    if shards:
+        _add_shards(folder, shards, model.num_parameters())
     readable = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.glob("*.safetensors"):
         file.chmod(readable)  # safetensors leaves 0600 whatever the umask
@@ -131,6 +143,24 @@ def save_weights(
         tokenizer.save_pretrained(folder)
     if is_free(model.config):
         _add_code(model, folder)
+
+
+def _add_shards(folder: Path, shards: Sequence[Path], num_parameters: int) -> None:
+    """Put files of tensors beside the one that was saved, and write the index of them all."""
+    names = [f"model-{number:05d}-of-{len(shards) + 1:05d}.safetensors" for number in range(1, len(shards) + 2)]
+    (folder / "model.safetensors").rename(folder / names[0])
+    for shard, name in zip(shards, names[1:], strict=True):
+        try:
+            os.link(shard, folder / name)  # the same bytes: they are not written twice
+        except OSError:  # a file system without links
+            shutil.copyfile(shard, folder / name)
+    headers = {name: read_header(folder / name, name) for name in names}
+    total_size = sum(one.end - one.begin for tensors in headers.values() for one in tensors.values())
+    index = {
+        "metadata": {"total_parameters": num_parameters, "total_size": total_size},
+        "weight_map": {tensor: name for name, tensors in headers.items() for tensor in tensors},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _add_code(model: PreTrainedModel, folder: Path) -> None:

@@ -6,7 +6,7 @@
     WORK/refine-000012/           the newest state of a refinement: plain data, masks and tabu lists
     WORK/block-00000/             one record per pruned block, in order; tuned-00000 where it was tuned later:
         record.json               report, RNG state, sha256 of the other files
-        weights.safetensors       the block's state dict
+        weights.safetensors       the block's state dict; of a streamed model by the checkpoint's names: a shard of the result
         hidden-00000.safetensors  the next block's inputs, a file a batch (only the newest record keeps them)
 
 A record is written to a temporary directory, synced, and renamed: it is whole or it is not there.
@@ -105,26 +105,43 @@ class Journal:
         return count
 
     def write_block(
-        self, index: int, report: BlockReport, weights: Mapping[str, Tensor], hidden: list[Tensor], kind: str = "block"
+        self,
+        index: int,
+        report: BlockReport,
+        weights: Mapping[str, Tensor],
+        hidden: list[Tensor],
+        rng: Tensor,
+        kind: str = "block",
     ) -> str:
-        """Record a pruned block and return the sha256 of its weights file.
+        """Record a pruned block, with the state of the RNG after it, and return the sha256 of its weights file.
 
         The previous record's hidden states are not needed any more then.
         """
         # A file a batch: writing one holds a second copy of it.
         files = {_HIDDEN.replace("*", f"{batch:05d}"): {"hidden": tensor} for batch, tensor in enumerate(hidden)}
         files[_WEIGHTS] = dict(weights)
-        rng = torch.get_rng_state().numpy().tobytes().hex()
-        digests = self.write(self._block(index, kind).name, {"report": report.model_dump(), "rng": rng}, files)
+        data = {
+            "report": report.model_dump(),
+            "rng": rng.numpy().tobytes().hex(),
+            "num_zeros": sum(int((tensor == 0).sum()) for tensor in weights.values()),
+        }
+        digests = self.write(self._block(index, kind).name, data, files)
         if index:
             for file in self._block(index - 1, kind).glob(_HIDDEN):
                 file.unlink(missing_ok=True)
         return digests[_WEIGHTS]
 
-    def read_block(self, index: int, kind: str = "block") -> tuple[BlockReport, dict[str, Tensor]]:
-        """Report and state dict of a recorded block."""
-        data = self.read(self._block(index, kind).name, [_WEIGHTS])
-        return BlockReport.model_validate(data["report"]), load_file(self._block(index, kind) / _WEIGHTS)
+    def read_block(self, index: int, kind: str = "block") -> BlockReport:
+        """Report of a recorded block whose weights are what was written."""
+        return BlockReport.model_validate(self.read(self._block(index, kind).name, [_WEIGHTS])["report"])
+
+    def num_zeros(self, index: int, kind: str = "block") -> int:
+        """Zeros among all weights of a recorded block."""
+        return int(self.read(self._block(index, kind).name, [])["num_zeros"])
+
+    def weights_file(self, index: int, kind: str = "block") -> Path:
+        """Where the weights of a recorded block are."""
+        return self._block(index, kind) / _WEIGHTS
 
     def read_hidden(self, index: int, kind: str = "block") -> list[Tensor]:
         """The inputs of block ``index + 1``; also puts the RNG back where it was."""
@@ -141,7 +158,8 @@ class Journal:
         temporary.mkdir()
         digests = {}
         for file, tensors in files.items():
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary / file)
+            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(whole, temporary / file, {"format": "pt"})
             digests[file] = sync_and_hash(temporary / file)
         write_durably(temporary / "record.json", json.dumps({**data, "sha256": digests}).encode())
         sync_directory(temporary)

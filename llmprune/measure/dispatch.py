@@ -21,10 +21,19 @@ WORKING_SHARE = 0.8
 def dispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Make whole-model forwards run on ``device``: as it lies, moved there, or spread by accelerate over all devices and
     the CPU where it does not fit. Afterwards the weights are back where they were.
+
+    Of a model whose blocks are on disk the rest is moved; the blocks come to it one by one.
     """
     home = module_device(model)
     if device.type == "cpu" or home.type != "cpu":
         yield
+        return
+    if any(parameter.is_meta for parameter in model.parameters()):
+        _move_rest_(model, device)
+        try:
+            yield
+        finally:
+            _move_rest_(model, home)
         return
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if size <= WORKING_SHARE * free_bytes(device):
@@ -34,6 +43,13 @@ def dispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
     with spread(model, device_map):
         yield
+
+
+def _move_rest_(model: PreTrainedModel, device: torch.device) -> None:
+    """Move what is not on ``meta``."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
 
 
 @contextmanager

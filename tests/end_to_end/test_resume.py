@@ -230,7 +230,7 @@ def test_an_unfinished_run_is_not_begun_again(begun: dict[str, Any], tmp_path: P
 
 def test_resume_does_not_redo_blocks(begun: dict[str, Any], tmp_path: Path) -> None:
     """The stages say where they begin; the dense model is not measured again; earlier blocks keep their reports."""
-    first = Journal(tmp_path / "out.work").read_block(0)[0]
+    first = Journal(tmp_path / "out.work").read_block(0)
     events = list(llmprune.prune_iter(out=tmp_path / "out", resume=True, **begun))
     assert resumed_at(events, "prune") == 2 and resumed_at(events, "dense") == 16
     assert not any(isinstance(event, Progress) and event.stage == "dense" for event in events)
@@ -464,7 +464,7 @@ def record(journal: Journal, index: int) -> dict[str, torch.Tensor]:
     """Write a block's record; returns its weights."""
     weights = {"up.weight": torch.full((2, 3), float(index), dtype=torch.bfloat16)}
     report = BlockReport(index=index, name=f"layers.{index}", seconds=0.5, sites=())
-    journal.write_block(index, report, weights, [torch.full((1, 2), float(index)), torch.zeros(1, 2)])
+    journal.write_block(index, report, weights, [torch.full((1, 2), float(index)), torch.zeros(1, 2)], torch.get_rng_state())
     return weights
 
 
@@ -474,8 +474,9 @@ def test_journal_gives_back_what_was_written(open_journal: Journal) -> None:
     weights = record(open_journal, 0)
     expected = torch.rand(3)
     torch.manual_seed(2)
-    report, read = open_journal.read_block(0)
-    assert report == BlockReport(index=0, name="layers.0", seconds=0.5, sites=())
+    assert open_journal.read_block(0) == BlockReport(index=0, name="layers.0", seconds=0.5, sites=())
+    assert open_journal.num_zeros(0) == 6
+    read = load_file(open_journal.weights_file(0))
     assert torch.equal(read["up.weight"], weights["up.weight"]) and read["up.weight"].dtype == torch.bfloat16
     first, second = open_journal.read_hidden(0)
     assert torch.equal(first, torch.zeros(1, 2)) and torch.equal(second, torch.zeros(1, 2))
