@@ -33,6 +33,7 @@ from llmprune.engines.survey import check_budget, group_of, probe_sequences, sur
 from llmprune.errors import DoesNotFit
 from llmprune.io.models import build_empty, check_files, hub_errors, load_config, local_directory
 from llmprune.io.stdlib_text import stdlib_documents
+from llmprune.io.streaming import not_streamed
 from llmprune.io.text import check_source
 from llmprune.measure.quality import windows_per_batch
 from llmprune.methods import method_of
@@ -104,13 +105,31 @@ class _Planner:
             check_budget(config, self.sites)
         self.need = method.needs
         self.seq_len = config.seq_len or default_seq_len(self.text_config)
-        self.weights = sum(parameter.numel() for parameter in model.parameters()) * self.itemsize
-        self.block_weights = max(sum(p.numel() for p in block.parameters()) for block in stack.blocks) * self.itemsize
+        self.weights: int = sum(parameter.numel() for parameter in model.parameters()) * self.itemsize
+        blocks_numel = [sum(parameter.numel() for parameter in block.parameters()) for block in stack.blocks]
+        self.block_weights: int = max(blocks_numel) * self.itemsize
+        self.rest_weights: int = self.weights - sum(blocks_numel) * self.itemsize
+        self.place, self.why_not_streamed = self._place()
         self.evaluation_tokens = sum(
             min(_evaluation_tokens(source, self.seq_len), config.max_eval_tokens or 2**62) for source in config.eval_sources()
         )
         self.cost = self._structure_cost(model, stack) if self.structure else None
         return self._assemble(model, stack, dtype)
+
+    @property
+    def _held_weights(self) -> int:
+        """Bytes of weights in CPU memory: from disk a block at work, one that is being read and one that is being written."""
+        return self.rest_weights + 3 * self.block_weights if self.place == "disk" else self.weights
+
+    def _place(self) -> tuple[memory.Place, str | None]:
+        """Where the weights wait, and why not on disk where they cannot."""
+        on_gpu = self.device.type != "cpu"
+        place = memory.weights_place(
+            self.config.offload, self.weights, device_free=free_bytes(self.device) if on_gpu else None,
+            cpu_free=free_bytes(torch.device("cpu")),
+        )  # fmt: skip
+        reason = not_streamed(self.config, self.out)
+        return ("cpu", reason) if place == "disk" and reason else (place, reason)
 
     def _assemble(self, model: PreTrainedModel, stack: Stack, dtype: str) -> Plan:
         config, on_gpu = self.config, self.device.type != "cpu"
@@ -122,6 +141,7 @@ class _Planner:
         hidden = config.num_samples * self.seq_len * self.text_config.hidden_size * self.itemsize
         dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
         copies = 3 if config.export == "packed" else 2  # the dense file is there until the packed one is whole
+        copies -= self.place == "disk"  # blocks are recorded as the files they will be
         disk = copies * self.weights + 2 * hidden + dense_hidden + (self.cost.disk_bytes if self.cost else 0)
         if config.refine != "none":  # masks, and where they are tuned the blocks once more
             disk += total_weights(self.sites) // 4 + (self.weights if config.reconstruct else 0)
@@ -143,6 +163,7 @@ class _Planner:
             calibration_tokens=config.num_samples * self.seq_len,
             evaluation_tokens=self.evaluation_tokens,
             device=device_name(self.device),
+            weights_place=self.place,
             stages=tuple(stages),
             peak_cpu_bytes=peak_cpu,
             peak_gpu_bytes=peak_gpu,
@@ -173,7 +194,7 @@ class _Planner:
         """Peaks and seconds of each stage; with an accelerator that holds the model, its share is on the accelerator."""
         config, vocab = self.config, self.text_config.vocab_size
         base = psutil.Process().memory_info().rss
-        resident = on_gpu and self.weights * 1.3 <= free_bytes(self.device)
+        resident = on_gpu and self.place == "device"
         window_tokens = min(windows_per_batch(self.seq_len, vocab) * self.seq_len, self.evaluation_tokens)
         dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
         tokens = config.num_samples * self.seq_len
@@ -220,14 +241,11 @@ class _Planner:
         ]
         stages = []
         for name, flops, working, kept in needs:
-            weights = 0 if resident else self.weights
-            on_device = (
-                self.weights
-                if resident
-                else self.block_weights
-                if name in ("prune", "allocate", "reconstruct", "structure")
-                else self.weights
-            ) + working
+            weights, held = 0 if resident else self._held_weights, self.rest_weights + self.block_weights
+            if self.place != "disk":
+                one_block = not resident and name in ("prune", "allocate", "reconstruct", "structure")
+                held = self.block_weights if one_block else self.weights
+            on_device = held + working
             cpu = base + weights + kept + (0 if on_gpu else working)
             seconds = flops / rate + (self.weights / 1e9 if name in ("load", "save") else 0.0)
             stages.append(
@@ -329,15 +347,16 @@ class _Planner:
         """The flag that lowers the largest part that a flag can lower."""
         tokens = self.config.num_samples * self.seq_len
         hidden = 2 * tokens * self.text_config.hidden_size * self.itemsize
-        if self.weights > hidden:
-            return "The weights alone are most of it: use --dtype bfloat16, a larger machine"
+        if self.weights > hidden and self.place != "disk":
+            on_disk = "--dtype bfloat16" if self.why_not_streamed else "--offload disk"
+            return f"The weights alone are most of it: use {on_disk}, a larger machine"
         return f"Use --num-samples {max(1, self.config.num_samples // 4)} or --seq-len {max(128, self.seq_len // 4)}"
 
     def _batch_size(self, num_samples: int) -> int:
         return memory.choose_batch_size(
             self.sites, num_samples=num_samples, seq_len=self.seq_len, hidden_size=self.text_config.hidden_size,
             itemsize=self.itemsize, need=self.need, one_pass=self.config.sequential == "group",
-            free_bytes=free_bytes(self.device) - (self.weights if self.device.type == "cpu" else 0),
+            free_bytes=free_bytes(self.device) - (self._held_weights if self.device.type == "cpu" else 0),
             tuned_sites=self.tuned_sites,
         )  # fmt: skip
 

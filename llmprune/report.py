@@ -309,8 +309,9 @@ class StagePlan(Part):
 class Plan(Part):
     """What a job would do and need, from config.json and the safetensors headers alone.
 
-    Of pattern structured ``num_modules`` can be pruned and ``left`` says why others cannot, by name; sites are the matrices of
-    these modules, and weights what can go from them.
+    ``weights_place`` is where weights wait while others are worked on: device, cpu or disk. Of pattern structured
+    ``num_modules`` can be pruned and ``left`` says why others cannot, by name; sites are the matrices of these modules, and
+    weights what can go from them.
     """
 
     config: PruneConfig
@@ -323,6 +324,7 @@ class Plan(Part):
     calibration_tokens: int
     evaluation_tokens: int
     device: str
+    weights_place: str
     stages: tuple[StagePlan, ...]
     peak_cpu_bytes: int
     peak_gpu_bytes: int

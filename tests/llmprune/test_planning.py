@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import llmprune
+import tiny
 from llmprune import planning
 from llmprune.errors import DoesNotFit
 from llmprune.planning import require_fit
@@ -27,7 +28,7 @@ def make_plan(tiny_model_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("psutil.Process.memory_info", lambda _self: SimpleNamespace(rss=2**28))
         monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=disk))
         fields = {"num_samples": 8, "seq_len": 32, "calibration": str(text_file), "eval": str(text_file)} | overrides
-        return llmprune.plan(tiny_model_dir, **fields)
+        return llmprune.plan(**{"model": tiny_model_dir} | fields)
 
     return run
 
@@ -97,3 +98,19 @@ def test_what_cannot_fit_is_refused_with_the_flag_that_helps(make_plan: Callable
     with pytest.raises(DoesNotFit, match=r"--out"):
         require_fit(make_plan(disk=1000))
     require_fit(make_plan())
+
+
+def test_weights_that_do_not_fit_stay_on_disk(make_plan: Callable[..., Plan], tiny_model_dir: Path) -> None:
+    """By themselves where memory is short, at once where it is asked for, and never where the job needs them all."""
+    weights = make_plan().model.weights_bytes
+    roomy, asked, scarce = make_plan(), make_plan(offload="disk"), make_plan(free=weights)
+    assert (roomy.weights_place, asked.weights_place, scarce.weights_place) == ("cpu", "disk", "disk")
+    assert asked.disk_bytes == roomy.disk_bytes - weights  # a block's record becomes a shard
+    assert make_plan(free=weights, offload="cpu").weights_place == "cpu"
+    assert make_plan(free=weights, refine="icbs").weights_place == "cpu"
+    peaks = {}
+    for num_blocks in (2, 6):
+        model = tiny.make_model(num_hidden_layers=num_blocks)
+        folder = tiny.save(model, tiny_model_dir.with_name(f"blocks{num_blocks}"))
+        peaks[num_blocks] = [make_plan(model=str(folder), offload=offload).peak_cpu_bytes for offload in ("cpu", "disk")]
+    assert peaks[6][0] > peaks[2][0] and peaks[6][1] == peaks[2][1]
