@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +19,14 @@ from llmprune.anatomy.sites import select
 from llmprune.devices import module_device
 from llmprune.engines.divergence import Divergence
 from llmprune.engines.evolution import Group, Shelves, rung_bytes, scratch
-from llmprune.engines.survey import Survey, probe_sequences, shapes_of, surveyor
-from llmprune.events import Event, Progress
+from llmprune.engines.survey import Survey, probe_sequences, shapes_of, surveyed_need, surveyor
+from llmprune.events import Event, Progress, Warned
+from llmprune.io.statistics import Statistics
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.heads import head_of
 from llmprune.methods import get_method
-from llmprune.report import AllocationReport, SearchReport
-from llmprune.spec import Pattern, PruneConfig, Scope, Target
+from llmprune.report import AllocationReport, SearchReport, StatisticsReport
+from llmprune.spec import Need, Pattern, PruneConfig, Scope, Target
 
 SEARCH_TOKENS = 8192
 """Calibration tokens a search measures its best candidates on, at most."""
@@ -40,6 +41,8 @@ class Sharing:
         ids_NS: the calibration tokens, all sequences.
         batch_size: calibration sequences per forward.
         directory: where a search may put what does not fit in memory; None for the system's own place.
+        statistics: the cache for statistics of such a need, where there is one.
+        reused: what was found there.
     """
 
     model: PreTrainedModel
@@ -49,6 +52,8 @@ class Sharing:
     batch_size: int
     device: torch.device
     directory: Path | None = None
+    statistics: Callable[[Need], Statistics | None] = lambda _: None
+    reused: list[StatisticsReport] = field(default_factory=list)
 
     @property
     def num_probes(self) -> int:
@@ -111,13 +116,29 @@ class Sharing:
             recording = record(model, self.stack, [batch.to(device) for batch in ids_NS.split(self.batch_size)])
             streams = record(model, self.stack, [ids_NS[:num_probes].to(device)]) if num_probes else None
         needs = ALLOCATORS[self.config.allocation].needs
-        survey = Survey(self.stack, recording, self.config, self.device, needs, streams)
+        statistics = self._opened(surveyed_need(needs))
+        survey = Survey(self.stack, recording, self.config, self.device, needs, streams, statistics)
         with eager_experts(model):
             yield from self._steps(survey.run())
+        yield from self._close(statistics, "allocate")
         if num_probes:
             with head_of(model, self.stack, ids_NS[:num_probes].split(1), self.device)() as logits:
                 yield from self._steps(survey.measure(logits))
         return survey.facts
+
+    def _opened(self, need: Need) -> Statistics | None:
+        """The cache, open for all blocks."""
+        statistics = self.statistics(need)
+        if statistics is not None:
+            statistics.open(len(self.stack.blocks))
+        return statistics
+
+    def _close(self, statistics: Statistics | None, stage: str) -> Iterator[Warned]:
+        """Let the cache go, and say what became of it."""
+        if statistics is not None:
+            statistics.close()
+            self.reused.append(statistics.report(stage))
+            yield from (Warned(message=message) for message in statistics.messages)
 
     def _steps(self, steps: Iterator[Progress]) -> Iterator[Progress]:
         """A part's steps as those of the whole stage."""
@@ -145,7 +166,7 @@ class Sharing:
             recording = record(model, self.stack, [chunk.to(device) for chunk in chunks])
         walk = surveyor(self.stack, calibration, config, self.device)
         walk.needs = walk.method.needs
-
+        walk.statistics = statistics = self._opened(walk.needs)
         head = head_of(model, self.stack, chunks, self.device)
         done = len(self.stack.blocks) + self.num_probes
         with scratch(rung_bytes(groups, changes=walk.method.updates_weights), self.directory) as directory:
@@ -154,6 +175,7 @@ class Sharing:
                 for number in shelves.fill(walk):
                     detail = f"candidates: {self.stack.name(number - 1)}"
                     yield Progress(stage="allocate", done=done + number, total=self.num_steps, detail=detail)
+            yield from self._close(statistics, "allocate, candidates")
             search = Search(ladder, config.evolution_generations, config.evolution_offspring, config.seed)
             done += len(self.stack.blocks)
             try:

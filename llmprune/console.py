@@ -35,6 +35,7 @@ from llmprune.io.render import (
     recipe,
     reconstruction_line,
     size,
+    statistics_lines,
     target_percent,
     times,
     verdict_parts,
@@ -82,7 +83,7 @@ def print_report(report: Report, console: Console) -> None:
             console.print(Text(line))
     if report.refinement:
         console.print(Text(refinement_line(report.refinement, duration(report.refinement.seconds))))
-    for line in (permutation_line(report), reconstruction_line(report)):
+    for line in (*statistics_lines(report), permutation_line(report), reconstruction_line(report)):
         if line:
             console.print(Text(line))
     if report.latency:

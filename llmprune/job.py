@@ -26,7 +26,7 @@ from llmprune.anatomy.sites import Site, check_pattern, select, total_weights
 from llmprune.conversion import pack_folder_, packing_warnings
 from llmprune.description import describe_model
 from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, own_device, pick_device
-from llmprune.engines.layerwise import Walk, block_messages
+from llmprune.engines.layerwise import Walk, block_messages, shared_sites
 from llmprune.engines.permute import permutation_messages
 from llmprune.engines.survey import check_budget
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
@@ -34,6 +34,7 @@ from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, War
 from llmprune.io import checkpoint
 from llmprune.io.journal import Journal, difference
 from llmprune.io.models import Source, known_revision, load_model, load_tokenizer, local_directory, resolve
+from llmprune.io.statistics import Statistics, statistics_of
 from llmprune.io.streaming import StreamedBlocks, load_streamed, not_streamed
 from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
 from llmprune.measure.benchmark import benchmark_models
@@ -54,6 +55,7 @@ from llmprune.report import (
     Report,
     Speed,
     StageReport,
+    StatisticsReport,
     StructureReport,
 )
 from llmprune.scoring import Scores, Scoring
@@ -94,6 +96,8 @@ class Job:
     warnings: list[str] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    statistics: list[StatisticsReport] = field(default_factory=list)
+    opened: list[Statistics] = field(default_factory=list)
     resumed: bool = False
     allocation: AllocationReport | None = None
     refinement: RefinementReport | None = None
@@ -133,6 +137,8 @@ class Job:
                 self.journal.remove()  # the same run would stop here again, and another one may not go on with it
             raise
         finally:
+            for statistics in self.opened:
+                statistics.close()
             if self.journal:
                 self.journal.close()
 
@@ -313,16 +319,21 @@ class Job:
         if self.journal and self.journal.has(_ALLOCATION):
             data = self.journal.read(_ALLOCATION, [])
             self.allocation = AllocationReport.model_validate(data["allocation"])
+            self.statistics += [StatisticsReport.model_validate(item) for item in data["statistics"]]
             yield clock.started(data["total"], resumed_at=data["total"])
             yield clock.finished(data["seconds"])
             return
         assert self.model is not None
         directory = self.journal.directory if self.journal else None
-        sharing = Sharing(self.model, self.stack, config, self.calibration.ids_NS, self.batch_size, self.device, directory)
+        sharing = Sharing(
+            self.model, self.stack, config, self.calibration.ids_NS, self.batch_size, self.device, directory, self._statistics
+        )
         yield clock.started(sharing.num_steps)
-        self.allocation = yield from sharing.run()
+        self.allocation = yield from self._noted(sharing.run())
+        self.statistics += sharing.reused
         if self.journal:
             data = {"allocation": self.allocation.model_dump(mode="json"), "total": sharing.num_steps}
+            data["statistics"] = [item.model_dump(mode="json") for item in sharing.reused]
             self.journal.write(_ALLOCATION, {**data, "seconds": clock.seconds}, {})
         yield clock.finished()
 
@@ -334,7 +345,12 @@ class Job:
         if config.refine != "none":  # the mask comes first: kept weights are tuned when it is final
             config = config.model_copy(update={"reconstruct": False})
             self.dense_weights = copy_weights(self._sites())
-        walk = Walk(self.stack, self._recording(), config, self.device, targets_of_sites(self.config, self.allocation))
+        start = self.journal.num_blocks() if self.journal else 0
+        statistics = self._dense_statistics(start)
+        known = statistics is not None and statistics.complete(start)  # then no block has to run
+        recording = Recording() if known else self._recording()
+        walk = Walk(self.stack, recording, config, self.device, targets_of_sites(self.config, self.allocation))
+        walk.statistics = statistics
         self.walk_kind = walk.kind
         journaled = JournaledWalk(self.model, walk, self.journal)
         self.blocks = journaled.restore()
@@ -344,10 +360,43 @@ class Job:
             if isinstance(event, BlockFinished):
                 self.blocks.append(event.report)
             yield event
+        if statistics is not None:
+            statistics.close()
+            for message in statistics.messages:
+                yield self._warn(message)
+            times = [block.collected for block in self.blocks if block.collected]
+            self.statistics.append(
+                StatisticsReport(
+                    stage="prune", num_blocks=len(self.blocks), num_reused=len(times), collected=min(times, default=None)
+                )
+            )
         if self.config.permute:
             for message in permutation_messages(self.blocks):
                 yield self._warn(message)
         yield clock.finished(before + clock.seconds)
+
+    def _statistics(self, need: Need) -> Statistics | None:
+        """The cache of what is measured on the dense model; None where there is none, as of a model without a revision."""
+        if not self.config.statistics_cache or self.source is None or several():
+            return None
+        statistics = statistics_of(
+            self.config, self.source, self.model, need, device=self.device, tokens=self.calibration.report.sha256,
+            seq_len=self.seq_len, batch_size=self.batch_size,
+        )  # fmt: skip
+        self.opened += [statistics] if statistics else []
+        return statistics
+
+    def _dense_statistics(self, start: int) -> Statistics | None:
+        """The cache, open from block ``start`` on, for a walk all of whose statistics are the dense model's: not where channels
+        change places before they are collected, or where pruning a block changes a later one.
+        """
+        config = self.config
+        if config.sequential != "none" or config.permute or shared_sites(self.stack):
+            return None
+        statistics = self._statistics(method_of(config).needs)
+        if statistics is not None:
+            statistics.open(len(self.stack.blocks), start)
+        return statistics
 
     def _structure(self) -> Iterator[Event]:
         """Take out what goes whole."""
@@ -530,6 +579,7 @@ class Job:
             quality=self.pruned.quality,
             latency=latency,
             stages=tuple(self.stages),
+            statistics=tuple(self.statistics),
             num_zeros_model=self._num_zeros(),
             warnings=tuple(self.warnings),
             resumed=self.resumed,
@@ -602,7 +652,7 @@ class Job:
             seq_len=self.seq_len,
             hidden_size=hidden_size,
             itemsize=self.model.dtype.itemsize,
-            need=method_of(self.config).needs,
+            need=Need.GRAM if self.config.sequential == "none" else method_of(self.config).needs,  # any method: equal batches
             one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device),
             tuned_sites=max(self.stack.sites, key=total_weights) if self.config.reconstruct else (),

@@ -217,7 +217,9 @@ class _Planner:
             tuning = forward * (3 * batch_tokens * config.reconstruct_steps + held_out + tokens)
             tuning_bytes = max(pruning, self._tuning_bytes(batch_tokens)) + 2 * hidden
         rounds = config.reconstruct_rounds if config.reconstruct else 1
-        walks = {"two-pass": 1.0, "one-pass": 0.0}.get(self._walk(batch_size), 1.6)  # forwards that only collect statistics
+        walks = {"two-pass": 1.0, "one-pass": 0.0, "dense": 0.0}.get(
+            self._walk(batch_size), 1.6
+        )  # forwards that only collect statistics
         passes = 1 + rounds * walks
         passes += 1.0 if config.permute else 0.0  # the norms of the inputs; the folds are tried on one batch
         gram = 0.0
@@ -355,7 +357,8 @@ class _Planner:
     def _batch_size(self, num_samples: int) -> int:
         return memory.choose_batch_size(
             self.sites, num_samples=num_samples, seq_len=self.seq_len, hidden_size=self.text_config.hidden_size,
-            itemsize=self.itemsize, need=self.need, one_pass=self.config.sequential == "group",
+            itemsize=self.itemsize, need=Need.GRAM if self.config.sequential == "none" else self.need,
+            one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device) - (self._held_weights if self.device.type == "cpu" else 0),
             tuned_sites=self.tuned_sites,
         )  # fmt: skip
@@ -365,6 +368,8 @@ class _Planner:
             return "none"
         if self.config.sequential == "block":
             return "two-pass"
+        if self.config.sequential == "none":
+            return "dense"
         return "one-pass" if batch_size >= self.config.num_samples else "staged"
 
     def _activations(self, num_tokens: int) -> int:

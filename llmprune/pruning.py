@@ -66,7 +66,10 @@ class Permutation(Part):
 
 
 class BlockReport(Part):
-    """One decoder block: its sites and the seconds it took, with ``permutations`` and ``reconstruction`` if there were any."""
+    """One decoder block: its sites and the seconds it took, with ``permutations`` and ``reconstruction`` if there were any.
+
+    ``collected`` is when the statistics it was pruned on were collected (UTC), where they came out of the cache.
+    """
 
     index: int
     name: str
@@ -74,12 +77,24 @@ class BlockReport(Part):
     sites: tuple[SiteReport, ...]
     permutations: tuple[Permutation, ...] = ()
     reconstruction: Reconstruction | None = None
+    collected: str | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def sparsity(self) -> float:
         """Fraction of zeros among the weights of the block's pruned sites."""
         return fraction_of_zeros(self.sites)
+
+
+class StatisticsReport(Part):
+    """How many of the blocks that a stage collects statistics of it found in the cache, and when the oldest of them were
+    collected (UTC); None where none were found.
+    """
+
+    stage: str
+    num_blocks: int
+    num_reused: int
+    collected: str | None = None
 
 
 class SearchReport(Part):

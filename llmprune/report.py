@@ -20,6 +20,7 @@ from llmprune.pruning import RefinementPoint as RefinementPoint
 from llmprune.pruning import RefinementReport as RefinementReport
 from llmprune.pruning import SearchReport as SearchReport
 from llmprune.pruning import SiteReport as SiteReport
+from llmprune.pruning import StatisticsReport as StatisticsReport
 from llmprune.pruning import fraction_of_zeros
 from llmprune.recovery_spec import RecoverConfig
 from llmprune.spec import PruneConfig
@@ -370,6 +371,7 @@ class Report(Part):
     latency: Latency | None
     benchmark: Benchmark | None = None
     stages: tuple[StageReport, ...]
+    statistics: tuple[StatisticsReport, ...] = ()
     num_zeros_model: int
     warnings: tuple[str, ...] = ()
     resumed: bool = False

@@ -22,7 +22,7 @@ from llmprune.patterns import Scope as Scope
 from llmprune.patterns import Target as Target
 from llmprune.patterns import num_pruned as num_pruned
 
-Sequential = Literal["block", "group"]
+Sequential = Literal["block", "group", "none"]
 Allocation = Literal["uniform", "erk", "owl", "pqi", "dp", "evolution"]
 EffortName = Literal["fast", "balanced", "best"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -145,7 +145,8 @@ class PruneConfig(BaseModel):
     )
     sequential: Sequential = Field(
         "block",
-        description="Recompute inputs once per 'block', as the papers do, or after each 'group' of sites sharing one.",
+        description="Recompute inputs once per 'block', as the papers do, or after each 'group' of sites sharing one; 'none' "
+        "prunes on the dense model's inputs, for sweeps: later jobs find their statistics in the cache.",
     )
     skip: Names = Field((), description="Globs of site names to leave dense, e.g. '*.down_proj'.")
     calibration: str | None = Field(
@@ -218,6 +219,9 @@ class PruneConfig(BaseModel):
     )
     export: Export = Field(
         "dense", description="'dense': zeros in ordinary tensors, for any engine; 'packed': smaller, loaded by llmprune."
+    )
+    statistics_cache: bool = Field(
+        True, description="Keep statistics of the dense model for later jobs on the same model and calibration, and use them."
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of every random choice.")
     trust_remote_code: bool = Field(False, description="Run modelling code shipped with the model.")
@@ -292,6 +296,11 @@ class PruneConfig(BaseModel):
                 "permute moves weights between the groups of an n:m pattern, and the unstructured pattern has none. "
                 "Drop --permute, or choose a pattern such as --pattern 2:4."
             )
+        if self.reconstruct and self.sequential == "none":
+            raise ConfigError(
+                "reconstruct tunes each block on what the pruned blocks before it put out, and sequential 'none' carries the "
+                "dense model's outputs on. Use --sequential block or group, or drop --reconstruct."
+            )
         if self.reconstruct and (self.num_samples < 2 or (self.batch_size or 0) >= self.num_samples):
             raise ConfigError(
                 "reconstruct holds a part of the calibration batches out: it needs num_samples of at least 2 and a smaller "
@@ -331,6 +340,11 @@ class PruneConfig(BaseModel):
             )
         if structure != "structured" and (idle := self._given(["widths"])):
             raise ConfigError(f"{idle[0]} is of pattern 'structured', got {structure!r}. Drop it.")
+        if self.sequential == "none":
+            raise ConfigError(
+                f"sequential 'none' is about zeros inside of matrices, and pattern {structure!r} makes matrices smaller. "
+                "Drop --sequential."
+            )
         if self.method != "tyr" and (idle := self._given(search)):
             raise ConfigError(f"{idle[0]} is of method tyr, got method {self.method}. Drop it, or choose --method tyr.")
 

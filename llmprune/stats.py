@@ -105,6 +105,45 @@ class LinearStats:
         return result
 
 
+class ServingStats(LinearStats):
+    """Statistics that also serve, to the last bit, who needs less of them: see :meth:`at`.
+
+    Attributes:
+        squares_I: sum of x_j^2, fp32 [I], as it is summed without a Gram matrix, whose diagonal differs in rounding; None
+            where ``sq_I`` is that very sum.
+    """
+
+    def __init__(self, in_features: int, need: Need, device: torch.device | str) -> None:
+        super().__init__(in_features, need, device)
+        self.squares_I = torch.zeros_like(self.sq_I) if need >= Need.GRAM else None
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add tokens; ``x_TI`` is [..., I] in any float dtype and is read only."""
+        super().update(x_TI)
+        if self.squares_I is not None:
+            self.squares_I += _column_sums(x_TI.detach().reshape(-1, x_TI.shape[-1]), Tensor.square)
+
+    def merge(self, other: LinearStats) -> None:
+        """Add another shard's sums, of the same statistics."""
+        assert isinstance(other, ServingStats)
+        super().merge(other)
+        if self.squares_I is not None and other.squares_I is not None:
+            self.squares_I += other.squares_I
+
+    def at(self, need: Need) -> LinearStats:
+        """The same tokens as if no more than ``need`` had been summed of them."""
+        assert need <= self.need
+        lower = LinearStats(0, Need.NOTHING, self.sq_I.device)
+        lower.need, lower.num_tokens = need, self.num_tokens
+        if need == Need.NOTHING:
+            lower.sq_I = torch.zeros_like(self.sq_I)
+        else:
+            lower.sq_I = self.sq_I if need == self.need or self.squares_I is None else self.squares_I
+        lower.sum_I = self.sum_I if need >= Need.MEAN else None
+        lower.gram_II = self.gram_II if need >= Need.GRAM else None
+        return lower
+
+
 def _column_sums(x_TI: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     """Column sums of ``of(x)``, fp32 [I], by parts."""
     total_I = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)

@@ -38,13 +38,22 @@ class JournaledWalk:
         return self.journal.num_blocks(self.kind) if self.journal else 0
 
     def restore(self) -> list[BlockReport]:
-        """Put the recorded blocks back, and the hidden states to where they end; their reports."""
+        """Put the recorded blocks back, and the hidden states to where they end; their reports.
+
+        A dense walk that took its statistics from the cache carried no hidden states: if they are wanted now, the blocks
+        carry them before they are replaced.
+        """
         walk, start, recording = self.walk, self.start, self.walk.recording
         if self.journal is None or not start:
             return []
         if walk.dense and not recording.stateful:
             with eager_experts(self.model):
                 walk.replay(start, dense=True)
+        dense = walk.kind == "dense"
+        found = [] if recording.stateful else self.journal.read_hidden(start - 1, self.kind)
+        if dense and not found and walk.carries(start):
+            with eager_experts(self.model):
+                walk.replay(start)
         reports = []
         for index in range(start):
             reports.append(self.journal.read_block(index, self.kind))
@@ -53,11 +62,10 @@ class JournaledWalk:
                 walk.stack.weights.replace(index, file)
             else:
                 walk.stack.blocks[index].load_state_dict(load_file(file), strict=False)
-        if recording.stateful:
+        if recording.stateful and not dense:
             with eager_experts(self.model):
                 walk.replay(start)
-        else:
-            found = self.journal.read_hidden(start - 1, self.kind)
+        elif found and walk.carries(start):
             walk.hidden = [tensor.to(recording.hidden[0].device) for tensor in found]
         return reports
 
@@ -87,7 +95,8 @@ class JournaledWalk:
         assert self.journal is not None
         journal, index, weights = self.journal, event.block, self.walk.stack.weights
         tensors = weights.export(index) if weights else dict(self.walk.stack.blocks[index].named_parameters())
-        state = (tensors, list(self.walk.hidden), torch.get_rng_state())
+        hidden = list(self.walk.hidden) if self.walk.carries(index + 1) else []
+        state = (tensors, hidden, torch.get_rng_state())
         writing = writer.submit(journal.write_block, index, event.report, *state, self.kind)
 
         def finish() -> BlockFinished:

@@ -10,6 +10,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 # Code that comes with a checkpoint is copied there: processes of the tests would write over one another's.
 MODULES = os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmprune-test-modules-")
 
+# A cache that other runs do not fill.
+CACHE = os.environ["LLMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="llmprune-test-cache-")
+
 import gc
 import sys
 from collections.abc import Callable
@@ -102,3 +105,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     """Nothing is left behind."""
     shutil.rmtree(MODULES, ignore_errors=True)
+    shutil.rmtree(CACHE, ignore_errors=True)

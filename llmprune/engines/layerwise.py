@@ -1,11 +1,13 @@
 """The layerwise walk: block by block, collect input statistics, prune, propagate the pruned outputs.
 
-Three walks, chosen by ``sequential`` and by what fits in memory:
+Four walks, chosen by ``sequential`` and by what fits in memory:
 
 - one-pass (``group``, all sequences in one batch): a site is pruned at the moment its whole input is there, so ONE
   forward per block both prunes it and gives the next block's inputs;
 - staged (``group``, several batches): one partial forward per group of sites that share an input, then one full forward;
-- two-pass (``block``): one forward of the dense block collects everything, a second one propagates.
+- two-pass (``block``): one forward of the dense block collects everything, a second one propagates;
+- dense (``none``): one forward of the dense block collects everything and its outputs go on, so that all statistics are those
+  of the dense model, and may come from an earlier job: with ``statistics`` of all blocks there is no forward at all.
 
 One-pass and staged prune every site on the same inputs. With ``reconstruct`` the dense model's hidden states are carried along,
 and the kept weights of each pruned block are tuned to them before its outputs go on. T tokens, I in and O out features.
@@ -18,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, W
 from llmprune.methods import METHODS, get_method
 from llmprune.report import BlockReport, Permutation, Reconstruction, SiteReport
 from llmprune.spec import Need, PruneConfig, Target
-from llmprune.stats import LinearStats
+from llmprune.stats import LinearStats, ServingStats
 
 WalkEvent = BlockStarted | Progress | SitePruned | BlockFinished | Warned
 
@@ -50,6 +52,22 @@ class _GroupComplete(Exception):
     """Every input of the open group of sites has passed: the rest of this forward is not needed."""
 
 
+class Statistics(Protocol):
+    """Statistics of the dense model's blocks that outlive the job: :class:`llmprune.io.statistics.Statistics`."""
+
+    def read(self, index: int, device: torch.device) -> dict[str, LinearStats] | None:
+        """Those of a block's sites by name; None where there are none."""
+
+    def write(self, index: int, collected: Mapping[str, LinearStats]) -> None:
+        """Keep those of a block."""
+
+    def complete(self, start: int = 0) -> bool:
+        """Whether those of blocks ``start`` and later are all there."""
+
+    def collected(self, index: int) -> str | None:
+        """When those of a block were collected, if they were read."""
+
+
 @dataclass
 class Walk:
     """One walk over a recorded model; pruning is in place.
@@ -62,6 +80,7 @@ class Walk:
         targets: what each site is to become by name, from an allocation; the config's own for the others.
         supports: which weights of each site stay, bool [O, I] by name; where there are any, they take the method's place.
         needs: the statistics that are collected, the method's own unless more is asked for.
+        statistics: where those of the dense model's blocks may be found, and are put; only for a walk that meets dense blocks.
     """
 
     stack: Stack
@@ -78,20 +97,26 @@ class Walk:
         self.dense = list(self.hidden) if self.config.reconstruct else []
         self.method = get_method(self.config.method)
         self.needs = self.method.needs
+        self.statistics: Statistics | None = None
         self.target = self.config.target(self.method.scope)
         self.fallback = METHODS["magnitude"]
         self.progress = 1.0  # share of the rounds of a block, the one at work included
-        owners = Counter(id(parameter) for block in self.stack.blocks for parameter in block.parameters())
-        self._shared = frozenset(
-            site.name for sites in self.stack.sites for site in sites if owners[id(getattr(site.module, site.parameter))] > 1
-        )
+        self._shared = shared_sites(self.stack)
 
     @property
     def kind(self) -> str:
-        """Which walk this is: one-pass, staged or two-pass."""
+        """Which walk this is: one-pass, staged, two-pass or dense."""
+        if self.config.sequential == "none":
+            return "dense"
         if self.config.sequential == "block":
             return "two-pass"
         return "one-pass" if len(self.hidden) == 1 else "staged"
+
+    def carries(self, index: int) -> bool:
+        """Whether ``hidden`` holds what block ``index`` takes in, once those before it are done: not where the statistics of
+        this block and of all later ones are known beforehand.
+        """
+        return self.statistics is None or not self.statistics.complete(index)
 
     @torch.no_grad()
     def run(self, start: int = 0) -> Iterator[WalkEvent]:
@@ -120,6 +145,7 @@ class Walk:
                 summary = BlockReport(
                     index=index, name=name, seconds=seconds, sites=tuple(reports), permutations=permutations,
                     reconstruction=reconstruction,
+                    collected=self.statistics.collected(index) if self.statistics else None,
                 )  # fmt: skip
                 for message in block_messages(summary):
                     yield Warned(message=message)
@@ -142,6 +168,9 @@ class Walk:
     def _prune_block(
         self, index: int, block: nn.Module, sites: Sequence[Site]
     ) -> Generator[Progress, None, tuple[list[SiteReport], Reconstruction | None]]:
+        if self.kind == "dense":
+            found = self.collect(index, block, {site.name: site for site in sites}, whole=True, keep=True)
+            return [self._prune(site, found.get(site.name)) for site in sites], None
         repeated = self.stack.repeated.intersection(site.name for site in sites)
         if self.kind == "one-pass" and not repeated:
             return self._one_pass(index, block, sites), None
@@ -256,9 +285,16 @@ class Walk:
         """Statistics of all pending sites (``whole``), or of the first group of them that shares an input.
 
         Experts of one parameter form one group: none of their inputs depends on another's output. With ``keep`` (and
-        ``whole``) the same forward gives the next block's inputs: those of a block that is to stay as it is. ``needs`` are
-        the statistics, by default those of the walk.
+        ``whole``) the same forward gives the next block's inputs: those of the block as it is now; where ``statistics`` has
+        those of this block and of all later ones, there is no forward, and the hidden states stay. ``needs`` are the
+        statistics, by default those of the walk.
         """
+        kept = self.statistics if keep else None
+        if kept is not None and (found := kept.read(index, module_device(block))) is not None:
+            if self.carries(index + 1):
+                self.advance(index, block)
+            return found
+        kind = ServingStats if kept is not None else LinearStats
         collected: dict[str, LinearStats] = {}
         group: set[int] = set()  # ids of the statistics of the open group
         parameters: set[tuple[int, str]] = set()  # expert parameters of the open group
@@ -276,7 +312,7 @@ class Walk:
                     return  # a later expert of this group may still come
                 raise _GroupComplete
             if stats is None or (own is not None and own is not stats):
-                stats = own or LinearStats(site.shape[1], self.needs if needs is None else needs, x_TI.device)
+                stats = own or kind(site.shape[1], self.needs if needs is None else needs, x_TI.device)
                 stats.update(x_TI)
                 shared.put(x_TI, stats)
             collected[site.name] = stats
@@ -291,6 +327,8 @@ class Walk:
                     self._forward(index, block, batch, keep=keep)
                 except _GroupComplete:
                     pass
+        if kept is not None:
+            kept.write(index, collected)
         return collected
 
     def advance(self, index: int, block: nn.Module) -> None:
@@ -318,8 +356,9 @@ class Walk:
         output_NSH = self.recording.calls[batch][index].run(block, hidden_NSH)
         if keep:
             if not torch.isfinite(output_NSH).all():
+                after = "" if self.kind == "dense" else " after pruning"
                 raise NonFiniteError(
-                    f"{self.stack.name(index)} puts out NaN or inf after pruning. Use --dtype float32, lower the sparsity, "
+                    f"{self.stack.name(index)} puts out NaN or inf{after}. Use --dtype float32, lower the sparsity, "
                     "or check that the dense model evaluates to a finite perplexity."
                 )
             self.hidden[batch] = output_NSH.to(self.hidden[batch].device)
@@ -363,6 +402,14 @@ class Walk:
         keep_OI = self.supports[site.name].to(site.stored.device)
         num_zeros = write_(site, site.weight_OI.where(keep_OI, 0))
         return SiteReport(name=site.name, shape=site.shape, numel=site.numel, num_zeros=num_zeros)
+
+
+def shared_sites(stack: Stack) -> frozenset[str]:
+    """Names of the sites whose parameter another block uses too."""
+    owners = Counter(id(parameter) for block in stack.blocks for parameter in block.parameters())
+    return frozenset(
+        site.name for sites in stack.sites for site in sites if owners[id(getattr(site.module, site.parameter))] > 1
+    )
 
 
 def relative_output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStats) -> float | None:

@@ -34,7 +34,7 @@ from llmprune.allocate.pqi import P, Q
 from llmprune.anatomy.blocks import Call, Recording, Stack
 from llmprune.anatomy.sites import Site, select, write_
 from llmprune.devices import module_device
-from llmprune.engines.layerwise import MIN_EXPERT_TOKENS, Walk, relative_output_error
+from llmprune.engines.layerwise import MIN_EXPERT_TOKENS, Statistics, Walk, relative_output_error
 from llmprune.events import Progress
 from llmprune.methods import Method, get_method
 from llmprune.spec import Need, Pattern, PruneConfig, Target
@@ -56,6 +56,7 @@ class Survey:
     Attributes:
         recording: the calibration batches.
         probe: the few sequences of one batch whose divergence is measured; None unless curves are asked for.
+        statistics: where statistics of the dense model may be found, and are put.
         facts: what was found, in the order of the sites; whole once ``run`` (with curves ``measure`` too) is done.
     """
 
@@ -65,6 +66,7 @@ class Survey:
     device: torch.device
     needs: Facts
     probe: Recording | None = None
+    statistics: Statistics | None = None
     facts: list[SiteFacts] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Survey:
         """
         blocks = self.stack.blocks
         walk = surveyor(self.stack, self.recording, self.config, self.device)
-        walk.needs = Need.GRAM if self.needs == "curves" else Need.NORM
+        walk.needs, walk.statistics = surveyed_need(self.needs), self.statistics
         total = len(blocks) + (len(self.probe.hidden[0]) if self.probe else 0)
         for index, block in enumerate(blocks):
             sites = select(self.stack.sites[index], self.config.skip)
@@ -114,6 +116,11 @@ class Survey:
             if anchors and fact.group in divergence:
                 anchor = min(anchors, key=lambda level: abs(level - self.config.sparsity))
                 self.facts[number] = _scaled(fact, divergence[fact.group] / num_probes, anchor)
+
+
+def surveyed_need(needs: Facts) -> Need:
+    """The statistics that the facts are taken from."""
+    return Need.GRAM if needs == "curves" else Need.NORM
 
 
 def shapes_of(stack: Stack, skip: Sequence[str]) -> list[SiteFacts]:

@@ -175,6 +175,16 @@ def permutation_line(report: Report) -> str | None:
     return f"Channels of {count(len(done))} matrices reordered: mean share of the score kept {shares}"
 
 
+def statistics_lines(report: Report) -> list[str]:
+    """What each stage took out of the cache of statistics; none where it took nothing."""
+    return [
+        f"Statistics of {count(item.num_reused)} of {count(item.num_blocks)} blocks reused from an earlier job or stage "
+        f"(stage {item.stage}, collected {item.collected})"
+        for item in report.statistics
+        if item.num_reused
+    ]
+
+
 def worst(quality: Iterable[Quality]) -> Quality | None:
     """The text with the highest perplexity ratio (NaN counts as infinite): the one the verdict speaks of."""
     measured = [(item, item.ratio) for item in quality if item.ratio is not None]
@@ -400,6 +410,7 @@ def render_html(report: Report) -> str:
         shade_error=Shade.of(errors, 0.0) if errors else None,
         experts=[(row, lists) for row in grid.rows if (lists := expert_tokens(grid, row))],
         fallbacks=_fallbacks(report),
+        statistics=statistics_lines(report),
         permutation=permutation_line(report),
         reconstruction=reconstruction_line(report),
         refinement=refinement_line(report.refinement, duration(report.refinement.seconds)) if report.refinement else None,

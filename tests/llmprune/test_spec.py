@@ -91,7 +91,7 @@ def test_unknown_field_lists_the_known_ones() -> None:
         ("damping", 0),
         ("damping", -1),
         ("scope", "layer"),
-        ("sequential", "none"),
+        ("sequential", "site"),
         ("dtype", "int8"),
         ("seed", "x"),
         ("skip", 3),
