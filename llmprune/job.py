@@ -381,7 +381,7 @@ class Job:
             return None
         statistics = statistics_of(
             self.config, self.source, self.model, need, device=self.device, tokens=self.calibration.report.sha256,
-            seq_len=self.seq_len, batch_size=self.batch_size,
+            seq_len=self.seq_len, batch_size=self.batch_size, streamed=self.streamed is not None,
         )  # fmt: skip
         self.opened += [statistics] if statistics else []
         return statistics

@@ -282,6 +282,7 @@ def statistics_of(
     tokens: str,
     seq_len: int,
     batch_size: int,
+    streamed: bool,
 ) -> Statistics | None:
     """The cache for statistics of this dense model on these ``tokens`` (their sha256); None where there is none.
 
@@ -305,6 +306,7 @@ def statistics_of(
         "seq_len": seq_len,
         "batch_size": batch_size,
         "dtype": str(model.dtype),
+        "streamed": streamed,
         "skip": list(config.skip),
         "device": f"{device.type}: {device_name(device)}, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}",
         "matmul": torch.get_float32_matmul_precision(),

@@ -1,4 +1,4 @@
-"""Sequential 'none' and the cache of statistics: the same bytes with a cold cache, a warm one and none, and what is not reused."""
+"""Sequential 'none' and the cache of statistics: the same bytes with it cold, warm and off, and what is not reused."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def test_a_job_that_needs_more_collects_and_its_record_replaces_the_lesser(
 
 @pytest.mark.parametrize(
     "other",
-    [{"seq_len": 16}, {"num_samples": 3}, {"calibration": "eval"}, {"dtype": "bfloat16"}, {"batch_size": 1}, {"skip": "*.q_proj"},
-     {"model": "weights"}, {"model": "config"}],
+    [{"seq_len": 16}, {"num_samples": 3}, {"calibration": "eval"}, {"dtype": "bfloat16"}, {"batch_size": 1},
+     {"skip": "*.q_proj"}, {"model": "weights"}, {"model": "config"}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*emulate")
@@ -426,3 +426,16 @@ def test_a_warning_is_an_event_too(tiny_model_dir: Path, texts: Texts, root: Pat
         _truncate(file)
     messages = [event.message for event in prune_iter(tiny_model_dir, **texts) if isinstance(event, Warned)]
     assert len(messages) == NUM_BLOCKS and all("is damaged" in message for message in messages)
+
+
+def test_blocks_that_are_streamed_from_disk(tiny_model_dir: Path, texts: Texts, tmp_path: Path, calls: list[int]) -> None:
+    """Weights are read, pruned on reused statistics and written, and no block runs."""
+    fields = {**texts, "offload": "disk", "method": "sparsegpt"}
+    llmprune.prune(tiny_model_dir, out=tmp_path / "off", statistics_cache=False, **fields)
+    cold = llmprune.prune(tiny_model_dir, out=tmp_path / "cold", **fields)
+    calls.clear()
+    warm = llmprune.prune(tiny_model_dir, out=tmp_path / "warm", **fields)
+    assert (reused(cold), reused(warm), len(calls)) == (0, NUM_BLOCKS, 0) and warm.sparsity == 0.5
+    files = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("off", "cold", "warm")]
+    contents = [[file.read_bytes() for file in found] for found in files]
+    assert len(files[0]) == NUM_BLOCKS + 1 and contents[0] == contents[1] == contents[2]
