@@ -271,7 +271,8 @@ def test_a_cache_that_cannot_be_written_is_left_alone(
     assert report.num_sites == 14 and any("not kept for later jobs" in warning for warning in report.warnings)
 
 
-def _prune_in_a_process(model: Path, out: Path, texts: Texts) -> None:
+def _prune_in_a_process(model: Path, out: Path, texts: Texts, cache: Path) -> None:
+    os.environ["LLMPRUNE_CACHE"] = str(cache)  # what the server had when it started is another test's
     torch.set_num_threads(1)
     llmprune.prune(model, out=out, **texts)
 
@@ -279,7 +280,7 @@ def _prune_in_a_process(model: Path, out: Path, texts: Texts) -> None:
 def test_two_processes_at_once(tiny_model_dir: Path, texts: Texts, tmp_path: Path, root: Path) -> None:
     """Both write the same records: they are whole, and there is one of each."""
     workers = [
-        PROCESSES.Process(target=_prune_in_a_process, args=(tiny_model_dir, tmp_path / str(number), texts))
+        PROCESSES.Process(target=_prune_in_a_process, args=(tiny_model_dir, tmp_path / str(number), texts, root.parent))
         for number in range(2)
     ]
     for worker in workers:
@@ -397,18 +398,18 @@ def test_the_command_line_says_what_was_reused(
         assert (line in " ".join(outcome.err.split() + outcome.out.split())) == (line in page) == (number == 1)
 
 
-def _killed_in_a_write(model: Path, out: Path, texts: Texts) -> None:
+def _killed_in_a_write(model: Path, out: Path, texts: Texts, cache: Path) -> None:
     def die(self: Any, *_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     statistics.TensorWriter.write = die  # type: ignore[method-assign]
-    _prune_in_a_process(model, out, texts)
+    _prune_in_a_process(model, out, texts, cache)
 
 
 def test_a_killed_write_leaves_nothing_that_is_read(tiny_model_dir: Path, texts: Texts, tmp_path: Path, root: Path) -> None:
     """SIGKILL in the middle of a record: the next job collects it, and old leftovers go."""
 
-    worker = PROCESSES.Process(target=_killed_in_a_write, args=(tiny_model_dir, tmp_path / "killed", texts))
+    worker = PROCESSES.Process(target=_killed_in_a_write, args=(tiny_model_dir, tmp_path / "killed", texts, root.parent))
     worker.start()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL

@@ -89,6 +89,26 @@ def test_walk_equals_the_papers_loop(method: str, prune: Any, by_group: bool) ->
         torch.testing.assert_close(weight, _weights(reference)[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize(("method", "prune"), [("wanda", _wanda), ("sparsegpt", _sparsegpt)])
+@torch.no_grad()
+def test_dense_walk_prunes_on_the_dense_model(method: str, prune: Any, batch_size: int | None) -> None:
+    """Every site as one forward of the whole dense model feeds it, none of which is pruned yet."""
+    ours, reference = tiny_model("llama"), tiny_model("llama")
+    _walk(ours, _ids(), batch_size, method=method, sequential="none")
+    inputs: dict[nn.Module, Tensor] = {}
+    linears = [module for module in reference.model.layers.modules() if isinstance(module, nn.Linear)]
+    for linear in linears:
+        linear.register_forward_hook(lambda module, args, _: inputs.update({module: args[0].reshape(-1, args[0].shape[-1])}))
+    reference(input_ids=_ids(), use_cache=False)
+    assert len(linears) == 7 * len(reference.model.layers)
+    for linear in linears:
+        linear.weight.copy_(prune(linear.weight, inputs[linear]))
+    assert _num_differing_zeros(ours, reference) == 0
+    for name, weight in _weights(ours).items():
+        torch.testing.assert_close(weight, _weights(reference)[name], rtol=1e-3, atol=1e-5)
+
+
 def test_group_and_block_differ() -> None:
     """The two modes see different inputs from the second group on: error propagation is on."""
     one, other = tiny_model("llama"), tiny_model("llama")
@@ -139,8 +159,8 @@ def _counting(calls: list[Tensor]) -> Callable[[Tensor, float], tuple[Tensor, fl
 
 
 def test_one_pass_runs_each_block_once() -> None:
-    """The walk in one pass calls every block exactly once; two-pass twice."""
-    for sequential, expected in (("group", 1), ("block", 2)):
+    """The walk in one pass calls every block exactly once, as does the dense one; two-pass twice."""
+    for sequential, expected in (("group", 1), ("block", 2), ("none", 1)):
         model = tiny_model("llama")
         ids_NS = _ids()
         stack = probe(model, find_stack(model), ids_NS[:1])
