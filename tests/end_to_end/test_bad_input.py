@@ -558,18 +558,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", mount], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk: Path, model_dir: Path, text_file: Path) -> None:
-    """A journal that outgrows the disk: DiskFull, no output; with room again, --resume finishes."""
+@pytest.mark.parametrize("room", [0, 20 * 1024, 100 * 1024])
+def test_a_disk_that_is_really_full(small_disk: Path, model_dir: Path, text_file: Path, room: int) -> None:
+    """A journal that outgrows the disk between the files of a block's record or in the middle of one: DiskFull, no output, the
+    block before stays; with room again, --resume finishes.
+    """
     how: dict[str, Any] = {"out": small_disk / "out", "calibration": str(text_file), "eval": (), **tiny.QUICK}
     ballast = small_disk / "ballast"
     run = llmprune.prune_iter(model_dir, **how)
     with pytest.raises(errors.DiskFull, match="no space left"):
         for event in run:
             if event.event == "block_finished":
-                ballast.write_bytes(b"0" * (shutil.disk_usage(small_disk).free // 4096 * 4096))
+                ballast.write_bytes(b"0" * (shutil.disk_usage(small_disk).free // 4096 * 4096 - room))
     assert sorted(file.name for file in small_disk.iterdir()) == ["ballast", "out.work"]
+    assert journal.Journal(small_disk / "out.work").num_blocks() == 1
     ballast.unlink()
-    report = llmprune.prune(model_dir, resume=True, **how)
+    events = list(llmprune.prune_iter(model_dir, resume=True, **how))
+    assert [event.block for event in events if event.event == "block_started"] == [1]
+    report = events[-1].report  # type: ignore[union-attr]
     assert report.resumed and report.sparsity == 0.5
     assert [file.name for file in small_disk.iterdir()] == ["out"]
 
