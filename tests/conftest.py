@@ -14,6 +14,7 @@ MODULES = os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmprune-tes
 CACHE = os.environ["LLMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="llmprune-test-cache-")
 
 import gc
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,9 @@ import torch
 import tiny
 
 torch.set_num_threads(1)
+
+TESTS = Path(__file__).parent
+LONGEST_FIRST = ("service", "end_to_end", "kernels", "llmprune", "the others", "contract")
 
 
 class Outcome(NamedTuple):
@@ -96,10 +100,29 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the service that share a file run in one process: they share a running service."""
+    """The tests of a file run in one process: what they share, a service or a pruned model, is made once.
+
+    Files of the service, which mostly wait, take turns with the longest of those that compute; last come the contracts, which
+    share nothing: whichever process is free takes one of them.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
     for item in items:
-        if "service" in item.path.relative_to(Path(__file__).parent).parts:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        files.setdefault(item.path, []).append(item)
+    waiting, working = [], []
+    for file in sorted(files, key=_rank):  # stable: the order within a folder stays random
+        folder = file.relative_to(TESTS).parts[0]
+        if folder != "contract":
+            for item in files[file]:
+                item.add_marker(pytest.mark.xdist_group(str(file.relative_to(TESTS))))
+        (waiting if folder == "service" else working).append(file)
+    turns = [file for pair in itertools.zip_longest(waiting, working) for file in pair if file is not None]
+    items[:] = [item for file in turns for item in files[file]]
+
+
+def _rank(file: Path) -> int:
+    """Folders by how long their files take, the longest first."""
+    folder = file.relative_to(TESTS).parts[0]
+    return LONGEST_FIRST.index(folder if folder in LONGEST_FIRST else "the others")
 
 
 def pytest_unconfigure() -> None:
