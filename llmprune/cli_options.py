@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -108,6 +110,7 @@ def follow(run: Iterator[Event], sink: IO[str] | None, interrupted: str = "Inter
     with ProgressView() as view:
         try:
             for event in run:
+                _freeze_what_is_imported()
                 view.handle(event)
                 _write(event, sink)
                 last = event
@@ -115,6 +118,12 @@ def follow(run: Iterator[Event], sink: IO[str] | None, interrupted: str = "Inter
             view.console.print(interrupted, markup=False)
             raise typer.Exit(130) from None
     return last
+
+
+@functools.cache
+def _freeze_what_is_imported() -> None:
+    """Once a process, at the first event: every stage collects garbage, and need not walk all that torch is made of for it."""
+    gc.freeze()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import typer
 import llmprune
 import tiny
 from llmprune import cli as command_line
-from llmprune.events import Evaluated, Finished, parse_event
+from llmprune import cli_options
+from llmprune.events import Evaluated, Event, Finished, Progress, parse_event
 from llmprune.methods import METHODS
 from llmprune.report import Evaluation, Inspection, Plan, Report
 from llmprune.spec import PruneConfig
@@ -390,6 +392,21 @@ def test_import_is_quick_and_does_not_import_torch() -> None:
         if seconds[-1] < 0.3:
             return
     pytest.fail(f"import llmprune took {min(seconds):.2f} s at best")
+
+
+def test_garbage_is_not_sought_in_what_was_imported() -> None:
+    """From a command's first event on: a stage begins with a collection, and torch alone takes a quarter of a second each."""
+    cli_options._freeze_what_is_imported.cache_clear()
+    gc.unfreeze()
+    counts = []
+
+    def events() -> Iterator[Event]:
+        counts.append(gc.get_freeze_count())
+        yield Progress(stage="load", done=1, total=1)
+        counts.append(gc.get_freeze_count())
+
+    cli_options.follow(events(), None)
+    assert counts[0] == 0 and counts[1] > 10_000
 
 
 _METHODS = """
