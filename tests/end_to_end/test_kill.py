@@ -144,7 +144,7 @@ def test_killed_again_and_again(
         recorded = journal.num_blocks()
         then = functools.partial(limit_files, rng.randrange(1000, 140_000)) if kind == "write" else die
         arm = functools.partial(after_changes, rng.randrange(6, 22), alone, then)
-        within = rng.uniform(0.1, 1) * seconds
+        within = rng.uniform(0.05, 0.7) * seconds
         code = run(job, out, None if kind == "clock" else arm, within if kind == "clock" else 60)
         if name != "icbs" and kind != "clock":  # which walks twice
             assert begun(out) == list(range(recorded, NUM_BLOCKS))[: len(begun(out))]
