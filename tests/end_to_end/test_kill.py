@@ -40,8 +40,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "experts": {"method": "sparsegpt", "sequential": "group"},
 }
 """What a job does beside the walk itself is recorded too: surveys, masks on the way, blocks tuned later."""
-VARIANTS: dict[str, dict[str, Any]] = {"resident": {}}
+VARIANTS: dict[str, dict[str, Any]] = {"resident": {}, "streamed": {"offload": "disk"}}
 """How the model is held meanwhile."""
+CASES = [(name, "resident") for name in JOBS] + [(name, "streamed") for name in ("staged-owl", "two-pass-tuned", "experts")]
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "open")
 
 
@@ -124,8 +125,7 @@ def begun(out: Path) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kills inside a write need Linux's bound on the size of files")
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(("name", "variant"), CASES)
 def test_killed_again_and_again(
     name: str, variant: str, models: Callable[[str], Path], text_file: Path, eval_file: Path, tmp_path: Path
 ) -> None:
