@@ -6,12 +6,10 @@ H hidden, T tokens of one forward, I in and O out features of a site. All result
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from llmprune.anatomy.sites import Site
+from llmprune.hidden import Place
 from llmprune.spec import Need, Offload
-
-Place = Literal["device", "cpu", "disk"]
 
 STAGED_TOKENS = 8192
 """Tokens of one forward when the calibration set goes through a block in several batches."""
@@ -37,6 +35,11 @@ def weights_place(offload: Offload, weights_bytes: int, *, device_free: int | No
     if offload == "none" or (offload == "auto" and device_free is not None and WEIGHTS_ROOM * weights_bytes <= device_free):
         return "device"
     return "disk" if offload == "auto" and WEIGHTS_ROOM * weights_bytes > cpu_free else "cpu"
+
+
+HIDDEN_SHARE = 0.25
+"""Share of the free memory that hidden states may take between blocks: a batch of them is there as input and output, its
+activations beside them, and a block of weights with what solving takes."""
 
 
 def block_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_size: int, itemsize: int, need: Need) -> int:
@@ -103,6 +106,26 @@ def logits_bytes(*, num_tokens: int, vocab_size: int, with_teacher: bool) -> int
     return num_tokens * vocab_size * 4 * (6 if with_teacher else 3)
 
 
+def hidden_place(offload: Offload, hidden_bytes: int, *, device_free: int | None, cpu_free: int) -> Place:
+    """Where hidden states lie between blocks: where ``offload`` says, or with ``auto`` at the nearest place of which they take
+    no more than HIDDEN_SHARE.
+
+    Args:
+        offload: ``none``, ``cpu``, ``disk`` or ``auto``.
+        hidden_bytes: of all batches; twice that where the dense model's are carried beside them.
+        device_free: of the accelerator; None without one.
+        cpu_free: beside the weights that are still to be read.
+    """
+    chosen: dict[str, Place] = {"none": "device", "cpu": "cpu", "disk": "disk"}
+    if offload in chosen:
+        return chosen[offload]
+    if device_free is not None and hidden_bytes <= HIDDEN_SHARE * device_free:
+        return "device"
+    if hidden_bytes <= HIDDEN_SHARE * cpu_free:
+        return "device" if device_free is None else "cpu"
+    return "disk"
+
+
 def choose_batch_size(
     sites: Sequence[Site],
     *,
@@ -114,21 +137,25 @@ def choose_batch_size(
     one_pass: bool,
     free_bytes: int,
     tuned_sites: Sequence[Site] = (),
+    hidden_here: bool = True,
 ) -> int:
     """Calibration sequences per forward: all of them where one pass is wanted and fits in half of what is free, else as
     many as keep the block's activations below the hidden states of the calibration set.
 
     With ``tuned_sites``, those of the largest block that is to be reconstructed, there is room for its tuning too, and at
-    least RECONSTRUCTION_BATCHES batches where there are as many sequences.
+    least RECONSTRUCTION_BATCHES batches where there are as many sequences. Without ``hidden_here`` the hidden states wait in
+    another memory than the one blocks compute in.
     """
     activations = block_activation_bytes(sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need)
     hidden = num_samples * seq_len * hidden_size * itemsize
     budget = free_bytes // 2 - 2 * hidden - solve_bytes(sites, need)
     if one_pass and not tuned_sites and num_samples * activations <= budget:
         return num_samples
+    if not hidden_here:  # a single batch is here all the same
+        budget += 2 * hidden
     staged = max(1, min(num_samples, STAGED_TOKENS // seq_len, hidden // activations, budget // activations))
     if not tuned_sites:
         return staged
-    budget = free_bytes // 2 - 3 * hidden - tuning_state_bytes(tuned_sites, itemsize)
+    budget = free_bytes // 2 - 3 * hidden * hidden_here - tuning_state_bytes(tuned_sites, itemsize)
     kept = tuning_activation_bytes(tuned_sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize)
     return max(1, min(staged, num_samples // RECONSTRUCTION_BATCHES, budget // kept))

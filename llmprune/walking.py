@@ -6,7 +6,7 @@ The weights of blocks that lie on disk are written by a thread of its own, while
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from llmprune.anatomy.blocks import Recording, Stack, eager_experts, record
 from llmprune.devices import module_device
 from llmprune.engines.layerwise import Walk, WalkEvent
 from llmprune.events import BlockFinished, BlockStarted, Progress
+from llmprune.hidden import HiddenStates
 from llmprune.io.journal import Journal
 from llmprune.measure.dispatch import dispatched
 from llmprune.report import BlockReport
@@ -66,7 +67,8 @@ class JournaledWalk:
             with eager_experts(self.model):
                 walk.replay(start)
         elif found and walk.carries(start):
-            walk.hidden = [tensor.to(recording.hidden[0].device) for tensor in found]
+            for batch, tensor in enumerate(found):
+                walk.hidden[batch] = tensor
         return reports
 
     def run(self, start: int) -> Iterator[WalkEvent]:
@@ -98,6 +100,8 @@ class JournaledWalk:
         hidden = list(self.walk.hidden) if self.walk.carries(index + 1) else []
         state = (tensors, hidden, torch.get_rng_state())
         writing = writer.submit(journal.write_block, index, event.report, *state, self.kind)
+        if self.walk.hidden.place != "device":  # the next block's outputs are written over them
+            wait([writing])
 
         def finish() -> BlockFinished:
             digest = writing.result()
@@ -108,8 +112,10 @@ class JournaledWalk:
         return finish
 
 
-def record_batches(model: PreTrainedModel, stack: Stack, batches: Sequence[Tensor], device: torch.device) -> Recording:
-    """Every block's arguments on the calibration batches, token ids [N, S]."""
+def record_batches(
+    model: PreTrainedModel, stack: Stack, batches: Sequence[Tensor], device: torch.device, hidden: HiddenStates | None = None
+) -> Recording:
+    """Every block's arguments on the calibration batches, token ids [N, S]; their hidden states go to ``hidden``."""
     with dispatched(model, device):
         where = module_device(model)
-        return record(model, stack, [batch.to(where) for batch in batches])
+        return record(model, stack, [batch.to(where) for batch in batches], hidden)

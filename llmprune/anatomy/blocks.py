@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from llmprune.anatomy.sites import Site, find_sites, never_pruned
 from llmprune.anatomy.watch import Watcher, orient
 from llmprune.devices import module_device, placed
 from llmprune.errors import UnsupportedModel
+from llmprune.hidden import HiddenStates
 
 HIDDEN = ("hidden_states", "x", "hidden")
 """Keywords by which blocks and their modules are handed the hidden state, where it is not the first argument."""
@@ -104,7 +105,7 @@ class Call:
 class Recording:
     """Everything needed to replay the stack: per batch the first block's input, and per batch and block the call."""
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: HiddenStates = field(default_factory=HiddenStates)
     calls: list[list[Call]] = field(default_factory=list)
 
     @property
@@ -246,22 +247,23 @@ def _check_independence(model: PreTrainedModel, stack: Stack, input_ids_NS: Tens
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, stack: Stack, batches: Sequence[Tensor]) -> Recording:
+def record(model: PreTrainedModel, stack: Stack, batches: Iterable[Tensor], hidden: HiddenStates | None = None) -> Recording:
     """Run the model's own forward over ``batches`` (each input_ids [N, S]) with every block an identity.
 
-    No block is computed. Arguments that are equal in two batches are kept once; a KV cache is never kept.
+    No block is computed. Arguments that are equal in two batches are kept once; a KV cache is never kept. The first block's
+    inputs go to ``hidden``, by default on the device they are on.
 
     Raises:
         UnsupportedModel: the model changes the hidden state between blocks, so block i+1's input is not block i's output.
     """
-    recording = Recording()
+    recording = Recording(HiddenStates() if hidden is None else hidden)
     for number, input_ids_NS in enumerate(batches):
         calls: list[Call] = []
         inputs: list[Tensor] = []
         with stubbed(stack, calls, inputs):
             model(input_ids=input_ids_NS, use_cache=False)
-        for index, hidden in enumerate(inputs[1:], start=1):
-            if hidden is not inputs[0] and not torch.equal(hidden, inputs[0]):
+        for index, later in enumerate(inputs[1:], start=1):
+            if later is not inputs[0] and not torch.equal(later, inputs[0]):
                 raise UnsupportedModel(
                     f"{type(model).__name__} changes the hidden state between {stack.name(index - 1)} and "
                     f"{stack.name(index)}; llmprune replays stacks in which a block's input is its predecessor's output."

@@ -78,7 +78,7 @@ def input_stats(
         NonFiniteError, UnsupportedModel: as :func:`structural_cuts` does.
     """
     calls = copy.deepcopy(recording.calls) if recording.stateful else recording.calls
-    walk = Walk(stack, Recording(list(recording.hidden), calls), PruneConfig(), device)
+    walk = Walk(stack, Recording(recording.hidden.copy(), calls), PruneConfig(), device)
     found: dict[str, LinearStats] = {}
     for index, block in enumerate(stack.blocks):
         own = {module.consumer.name: module for module in modules if module.block == index}

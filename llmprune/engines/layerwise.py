@@ -33,6 +33,7 @@ from llmprune.engines.permute import permute_
 from llmprune.engines.reconstruct import reconstruct_
 from llmprune.errors import FactorizationError, NonFiniteError
 from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, Warned
+from llmprune.hidden import HiddenStates
 from llmprune.methods import METHODS, get_method
 from llmprune.report import BlockReport, Permutation, Reconstruction, SiteReport
 from llmprune.spec import Need, PruneConfig, Target
@@ -89,12 +90,12 @@ class Walk:
     device: torch.device
     targets: Mapping[str, Target] = field(default_factory=dict)
     supports: Mapping[str, Tensor] = field(default_factory=dict)
-    hidden: list[Tensor] = field(init=False)
-    dense: list[Tensor] = field(init=False)
+    hidden: HiddenStates = field(init=False)
+    dense: HiddenStates = field(init=False)
 
     def __post_init__(self) -> None:
         self.hidden = self.recording.hidden
-        self.dense = list(self.hidden) if self.config.reconstruct else []
+        self.dense = self.hidden.copy() if self.config.reconstruct else HiddenStates()
         self.method = get_method(self.config.method)
         self.needs = self.method.needs
         self.statistics: Statistics | None = None
@@ -263,13 +264,12 @@ class Walk:
                 shared.put(x_TI, stats)
             reports.append(self._prune(pending.pop(site.name), stats))
 
-        inputs = self.hidden[0]
         with Watcher(sites, on_input):
-            self._forward(index, block, 0, keep=True)
+            output_NSH = self._forward(index, block, 0)
         reports += [self._prune(site, None) for site in pending.values()]
         if any(site.expert is None for site in pending.values()):  # used in a way that was not seen: outputs are stale
-            self.hidden[0] = inputs
-            self._forward(index, block, 0, keep=True)
+            output_NSH = self._forward(index, block, 0)
+        self._keep(index, 0, output_NSH)
         return reports
 
     def collect(
@@ -324,9 +324,11 @@ class Walk:
             shared = SharedInputs()
             with Watcher(pending.values(), on_input):
                 try:
-                    self._forward(index, block, batch, keep=keep)
+                    output_NSH = self._forward(index, block, batch)
                 except _GroupComplete:
-                    pass
+                    continue
+                if keep:
+                    self._keep(index, batch, output_NSH)
         if kept is not None:
             kept.write(index, collected)
         return collected
@@ -334,7 +336,7 @@ class Walk:
     def advance(self, index: int, block: nn.Module) -> None:
         """Carry the hidden states through a block."""
         for batch in range(len(self.hidden)):
-            self._forward(index, block, batch, keep=True)
+            self._keep(index, batch, self._forward(index, block, batch))
 
     def _advance_dense(self, index: int, block: nn.Module) -> None:
         """Carry the dense model's hidden states through a block that is still dense.
@@ -345,23 +347,25 @@ class Walk:
         inputs = self.hidden if self.recording.stateful else self.dense
         for batch, hidden_NSH in enumerate(inputs):
             output_NSH = self.recording.calls[batch][index].run(block, hidden_NSH.to(module_device(block)))
-            self.dense[batch] = output_NSH.to(hidden_NSH.device)
+            self.dense[batch] = output_NSH
 
     def _generator(self, name: str) -> torch.Generator:
         # The CPU generator keeps 32 bits of its seed: a hash of both, and the same whatever was pruned before.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {name}".encode()))
 
-    def _forward(self, index: int, block: nn.Module, batch: int, *, keep: bool) -> None:
+    def _forward(self, index: int, block: nn.Module, batch: int) -> Tensor:
         hidden_NSH = self.hidden[batch].to(module_device(block))
-        output_NSH = self.recording.calls[batch][index].run(block, hidden_NSH)
-        if keep:
-            if not torch.isfinite(output_NSH).all():
-                after = "" if self.kind == "dense" else " after pruning"
-                raise NonFiniteError(
-                    f"{self.stack.name(index)} puts out NaN or inf{after}. Use --dtype float32, lower the sparsity, "
-                    "or check that the dense model evaluates to a finite perplexity."
-                )
-            self.hidden[batch] = output_NSH.to(self.hidden[batch].device)
+        return self.recording.calls[batch][index].run(block, hidden_NSH)
+
+    def _keep(self, index: int, batch: int, output_NSH: Tensor) -> None:
+        """Replace a batch's hidden states by what the block put out."""
+        if not torch.isfinite(output_NSH).all():
+            after = "" if self.kind == "dense" else " after pruning"
+            raise NonFiniteError(
+                f"{self.stack.name(index)} puts out NaN or inf{after}. Use --dtype float32, lower the sparsity, "
+                "or check that the dense model evaluates to a finite perplexity."
+            )
+        self.hidden[batch] = output_NSH
 
     def solve(self, site: Site, stats: LinearStats | None, target: Target) -> tuple[Tensor, LinearStats, bool]:
         """The site's pruned weight [O, I], the statistics it was pruned by, and whether by its weights alone: so where no

@@ -113,7 +113,7 @@ class Supernet(Variants[Rack]):
             UnsupportedModel: no token reached a module, or how a mixture chooses is not understood; names it.
         """
         calls = copy.deepcopy(recording.calls) if recording.stateful else recording.calls
-        walk = Walk(self.stack, Recording(list(recording.hidden), calls), PruneConfig(), device)
+        walk = Walk(self.stack, Recording(recording.hidden.copy(), calls), PruneConfig(), device)
         for index, block in enumerate(self.stack.blocks):
             self.shelves[index] = Shelf(f"block{index}", self.directory)
             with self.stack.placed(index, device):

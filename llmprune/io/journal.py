@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
@@ -109,7 +109,7 @@ class Journal:
         index: int,
         report: BlockReport,
         weights: Mapping[str, Tensor],
-        hidden: list[Tensor],
+        hidden: Iterable[Tensor],
         rng: Tensor,
         kind: str = "block",
     ) -> str:

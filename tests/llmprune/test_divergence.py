@@ -25,6 +25,7 @@ from llmprune.engines import divergence as divergence_module
 from llmprune.engines.divergence import Candidate, Divergence, Head, Logits
 from llmprune.engines.draws import Part, draw, whole
 from llmprune.engines.evolution import Shelf, Variants
+from llmprune.hidden import HiddenStates
 from llmprune.measure.quality import replay_tail
 
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def test_closed_forms(dense_V: Tensor, other_V: Tensor, wanted: float) -> None:
     variants.shelves[0].put(0, 0, None, [block.weight])
     variants.shelves[0].put(0, 0, 0, [other_V.float()])
     variants.shelves[0].close()
-    recording = Recording([torch.ones(1, 4, 1)], [[Call((), {}, None)]])
+    recording = Recording(HiddenStates([torch.ones(1, 4, 1)]), [[Call((), {}, None)]])
     head: Head = lambda: nullcontext(lambda _chunk, hidden_NSH: hidden_NSH)
     measure = Divergence(stack, variants, recording, CPU, head)
     found, dense = measure([(0,), (None,)], None)
