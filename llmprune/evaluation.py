@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmprune.anatomy.blocks import Stack, find_stack, probe
 from llmprune.devices import device_name, environment, module_device, pick_device
-from llmprune.errors import ConfigError
-from llmprune.events import Evaluated, Event, StageFinished, StageStarted
+from llmprune.errors import ConfigError, UnsupportedModel
+from llmprune.events import Evaluated, Event, StageFinished, StageStarted, Warned
+from llmprune.hidden import HiddenStates
 from llmprune.io.models import load_model, load_tokenizer, resolve
 from llmprune.io.text import TokenSet, check_source, load_evaluation
-from llmprune.measure.dispatch import dispatched
+from llmprune.measure.dispatch import dispatched, fits
 from llmprune.measure.latency import DENSE_NOTE, measure_speed
+from llmprune.measure.quality import Forward, Scores, as_events, forward_of, replay_head, score_text
 from llmprune.measure.quality import against as against_dense
-from llmprune.measure.quality import as_events, score_text
+from llmprune.measure.streamed import NO_SPEED, score_streamed
 from llmprune.report import Evaluation, Latency, Quality
 from llmprune.spec import PruneConfig, default_seq_len
 
@@ -51,10 +54,10 @@ def evaluate_iter(model: str | Path | None = None, *, against: str | Path | None
         check_source(source, evaluation=True)
     device = pick_device(config.device)
     yield StageStarted(stage="load", total=2 if against else 1)
-    pruned = _Loaded.load(config)
+    pruned = _Loaded.load(config, device)
     dense = None
     if against is not None:
-        dense = _Loaded.load(config.model_copy(update={"model": str(against), "revision": None}))
+        dense = _Loaded.load(config.model_copy(update={"model": str(against), "revision": None}), device)
         if dense.vocab_size != pruned.vocab_size:
             raise ConfigError(
                 f"{config.model} has {pruned.vocab_size} tokens and {against} {dense.vocab_size}: "
@@ -76,22 +79,23 @@ def _measure(
     quality: list[Quality] = []
     offset, seconds = 0, 0.0
     for text in texts:
-        result = Quality(text=text.report)
+        result, keep = Quality(text=text.report), HiddenStates()
         if dense:
-            with dispatched(dense.model, device):
-                scoring = score_text(dense.model, text.ids_NS)
-                scores = yield from as_events(scoring, "pruned", text.report.source, offset=offset, total=total)
+            scoring = dense.score(text.ids_NS, device, keep=keep if dense.stack else None)
+            scores = yield from as_events(scoring, "pruned", text.report.source, offset=offset, total=total)
             result = result.model_copy(update={"perplexity_dense": scores.perplexity, "seconds_dense": scores.seconds})
             offset += len(text.ids_NS)
             seconds += scores.seconds
-        with dispatched(pruned.model, device):
-            scoring = score_text(pruned.model, text.ids_NS, dense=dense.logits if dense else None)
-            scores = yield from as_events(scoring, "pruned", text.report.source, offset=offset, total=total)
+        reference = dense.reference(keep) if dense else None
+        scoring = pruned.score(text.ids_NS, device, dense=reference)
+        scores = yield from as_events(scoring, "pruned", text.report.source, offset=offset, total=total)
         offset += len(text.ids_NS)
         seconds += scores.seconds
         quality.append(against_dense(result, scores))
     latency = None
-    if config.latency:
+    if config.latency and pruned.stack:
+        yield Warned(message=NO_SPEED)
+    elif config.latency:
         with dispatched(pruned.model, device):
             speeds = measure_speed(pruned.model, texts[0].ids_NS[:1])
         latency = Latency(device=device_name(device), dense=(), pruned=speeds, note=DENSE_NOTE)
@@ -109,21 +113,51 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Loaded:
+    """A model to evaluate; with ``stack`` where it does not fit on the device, to be scored block by block."""
+
     name: str
     model: PreTrainedModel
     tokenizer: Any
+    stack: Stack | None
 
     @classmethod
-    def load(cls, config: PruneConfig) -> _Loaded:
+    def load(cls, config: PruneConfig, device: torch.device) -> _Loaded:
         source = resolve(config)
         model = load_model(source, config, torch.device("cpu"), packed=True)
-        return cls(source.name, model, load_tokenizer(source.path, config))
+        return cls(source.name, model, load_tokenizer(source.path, config), _stack_to_stream(model, device))
 
     @property
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
-    def logits(self, _batch: int, ids_NS: Tensor) -> Tensor:
-        """The model's logits [N, S, V]: the reference of a divergence."""
-        logits: Tensor = self.model(input_ids=ids_NS.to(module_device(self.model)), use_cache=False).logits
+    def score(
+        self, ids_NS: Tensor, device: torch.device, *, dense: Forward | None = None, keep: HiddenStates | None = None
+    ) -> Generator[int, None, Scores]:
+        """Score one text; see :func:`score_text`."""
+        if self.stack:
+            return (yield from score_streamed(self.model, self.stack, ids_NS, device, dense=dense, keep=keep))
+        with dispatched(self.model, device):
+            return (yield from score_text(self.model, ids_NS, dense=dense, keep=keep))
+
+    def reference(self, hidden: HiddenStates) -> Forward:
+        """The model's logits [N, S, V]: of its head on what it was given, where all of the model is too much to run again."""
+
+        def logits(batch: int, ids_NS: Tensor) -> Tensor:
+            ids_NS = ids_NS.to(module_device(self.model))
+            if self.stack:
+                return replay_head(self.model, self.stack, ids_NS, hidden[batch])
+            return forward_of(self.model)(batch, ids_NS)
+
         return logits
+
+
+def _stack_to_stream(model: PreTrainedModel, device: torch.device) -> Stack | None:
+    """The blocks of a model that does not fit on the device; None where it fits, or cannot be run block by block."""
+    if fits(model, device):
+        return None
+    try:
+        with dispatched(model, device):
+            ids_1S = torch.arange(16, device=module_device(model))[None] % model.config.get_text_config().vocab_size
+            return probe(model, find_stack(model), ids_1S)
+    except UnsupportedModel:
+        return None

@@ -31,6 +31,7 @@ from llmprune.engines.permute import permutation_messages
 from llmprune.engines.survey import check_budget
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, Warned
+from llmprune.hidden import Place
 from llmprune.io import checkpoint
 from llmprune.io.journal import Journal, difference
 from llmprune.io.models import Source, known_revision, load_model, load_tokenizer, local_directory, resolve
@@ -296,7 +297,7 @@ class Job:
             yield clock.finished(data["seconds"])
             return
         yield clock.started(scoring.num_windows)
-        self.dense = yield from scoring.run("dense")
+        self.dense = yield from self._noted(scoring.run("dense"))
         if self.journal:
             self.journal.write(
                 _DENSE,
@@ -479,14 +480,14 @@ class Job:
         scoring = self._scoring()
         yield clock.started(scoring.num_windows)
         dense = replace(self.dense, hidden=self.journal.tensors(_DENSE, _HIDDEN)) if self.journal else self.dense
-        self.pruned = yield from scoring.run("pruned", dense)
+        self.pruned = yield from self._noted(scoring.run("pruned", dense))
         yield clock.finished()
 
     def _benchmark(self) -> Iterator[Event]:
         """Speed of the dense and the packed model, for a packed checkpoint; afterwards the model is dense again."""
         model = self.model
         assert model is not None
-        if self.config.export != "packed" or not self._latency or not can_pack(model):
+        if self.config.export != "packed" or not self.config.latency or self.streamed or not can_pack(model):
             return
 
         del self.stack  # its sites would keep every dense weight alive
@@ -549,20 +550,15 @@ class Job:
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def _latency(self) -> bool:
-        """Whether speed is measured; of a model that is streamed it would be that of the disk."""
-        return self.config.latency and not self.streamed
-
     def _scoring(self) -> Scoring:
         assert self.model is not None
-        prompt_1S = self.calibration.ids_NS[:1] if self._latency else None
+        prompt_1S = self.calibration.ids_NS[:1] if self.config.latency else None
         return Scoring(self.model, self.stack, self.texts, self.device, prompt_1S)
 
     def _report(self, checkpoint_bytes: int | None) -> Report:
         assert self.model is not None
         latency = None
-        if self._latency:
+        if self.pruned.speed:
             note = "" if self.structure else DENSE_NOTE
             latency = Latency(device=device_name(self.device), dense=self.dense.speed, pruned=self.pruned.speed, note=note)
         return Report(
@@ -589,7 +585,7 @@ class Job:
             benchmark=self.benchmark,
         )
 
-    def _place(self) -> memory.Place:
+    def _place(self) -> Place:
         """Where the weights wait; a run that is resumed goes on with those that it had."""
         assert self.source is not None
         reason = not_streamed(self.config, self.out)

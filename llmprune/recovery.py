@@ -25,7 +25,7 @@ from llmprune.io import checkpoint
 from llmprune.io.models import Source, load_model, load_tokenizer, local_directory, locate, quantization_of, resolve
 from llmprune.io.text import TokenSet, check_source, load_calibration, load_evaluation
 from llmprune.measure.dispatch import dispatched
-from llmprune.measure.quality import Reference, Scores, as_events, score_text
+from llmprune.measure.quality import Forward, Scores, as_events, score_text
 from llmprune.measure.quality import against as against_dense
 from llmprune.processes import is_first
 from llmprune.recovery_spec import NO_TEACHER, RecoverConfig
@@ -225,7 +225,7 @@ class _Recovery:
         scores = yield from self._score("pruned", self.model, teacher)
         return tuple(against_dense(item, score) for item, score in zip(dense, scores, strict=True))
 
-    def _score(self, stage: Stage, model: PreTrainedModel, dense: Reference | None) -> Generator[Event, None, list[Scores]]:
+    def _score(self, stage: Stage, model: PreTrainedModel, dense: Forward | None) -> Generator[Event, None, list[Scores]]:
         """A model on all evaluation texts."""
         found: list[Scores] = []
         total, done, begun = sum(len(text.ids_NS) for text in self.evals), 0, time.perf_counter()

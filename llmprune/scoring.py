@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack
-from llmprune.events import Event, Progress, Stage
+from llmprune.events import Event, Progress, Stage, Warned
+from llmprune.hidden import HiddenStates
 from llmprune.io.text import TokenSet
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import measure_speed
-from llmprune.measure.quality import Reference, against, as_events, replay_head, score_text
+from llmprune.measure.quality import Forward, Keep, against, as_events, replay_head, score_text
+from llmprune.measure.quality import Scores as TextScores
+from llmprune.measure.streamed import NO_SPEED, is_streamed, score_streamed
 from llmprune.report import Quality, Speed
+from llmprune.spec import Offload
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Scoring:
     Attributes:
         texts: to evaluate on.
         prompt_1S: what speed is measured with; None measures none.
+        offload: where hidden states wait between blocks when the model is scored block by block.
+        folder: the directory of their files.
     """
 
     model: PreTrainedModel
@@ -47,6 +55,8 @@ class Scoring:
     texts: Sequence[TokenSet]
     device: torch.device
     prompt_1S: Tensor | None
+    offload: Offload = "auto"
+    folder: Path | None = None
 
     @property
     def num_windows(self) -> int:
@@ -59,11 +69,12 @@ class Scoring:
         quality: list[Quality] = []
         hidden: dict[str, Tensor] = {}
         speed: tuple[Speed, ...] = ()
-        with dispatched(self.model, self.device):
+        streamed = is_streamed(self.model, self.stack, self.device)
+        with nullcontext() if streamed else dispatched(self.model, self.device):
             for number, text in enumerate(self.texts):
-                keep: list[Tensor] | None = None if dense else []
+                keep = None if dense else HiddenStates((), "disk" if self.offload == "disk" else "device", self.folder)
                 reference = self._reference(dense.hidden, number) if dense else None
-                scoring = score_text(self.model, text.ids_NS, dense=reference, keep=keep)
+                scoring = self._score(text.ids_NS, reference, keep, streamed=streamed)
                 scores = yield from as_events(scoring, stage, text.report.source, offset=offset, total=self.num_windows)
                 offset += len(text.ids_NS)
                 hidden |= {_key(number, batch): tensor for batch, tensor in enumerate(keep or ())}
@@ -71,12 +82,24 @@ class Scoring:
                     quality.append(against(dense.quality[number], scores))
                 else:
                     quality.append(Quality(text=text.report, perplexity_dense=scores.perplexity, seconds_dense=scores.seconds))
-            if self.prompt_1S is not None:
+            if self.prompt_1S is not None and streamed:
+                if not dense:
+                    yield Warned(message=NO_SPEED)
+            elif self.prompt_1S is not None:
                 yield Progress(stage=stage, done=self.num_windows, total=self.num_windows, detail="latency")
                 speed = measure_speed(self.model, self.prompt_1S)
         return Scores(tuple(quality), speed, hidden)
 
-    def _reference(self, hidden: Mapping[str, Tensor], number: int) -> Reference:
+    def _score(
+        self, ids_NS: Tensor, reference: Forward | None, keep: Keep | None, *, streamed: bool
+    ) -> Generator[int, None, TextScores]:
+        if not streamed:
+            return score_text(self.model, ids_NS, dense=reference, keep=keep)
+        return score_streamed(
+            self.model, self.stack, ids_NS, self.device, dense=reference, keep=keep, offload=self.offload, folder=self.folder
+        )
+
+    def _reference(self, hidden: Mapping[str, Tensor], number: int) -> Forward:
         """The dense model's logits on text ``number``, from its final hidden states."""
         return lambda batch, ids_NS: replay_head(self.model, self.stack, ids_NS, hidden[_key(number, batch)])
 

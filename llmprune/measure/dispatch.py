@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.hooks import remove_hook_from_submodules
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.devices import free_bytes, module_device, placed
 
 WORKING_SHARE = 0.8
 """Share of the free memory that weights may take; the rest is for activations."""
+
+
+def fits(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether the whole model can be on that device: it is there, or there is room."""
+    if device.type == "cpu" or module_device(model).type != "cpu":
+        return True
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return bool(size <= WORKING_SHARE * free_bytes(device))
 
 
 @contextmanager
@@ -29,14 +38,14 @@ def dispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
         yield
         return
     if any(parameter.is_meta for parameter in model.parameters()):
-        _move_rest_(model, device)
+        here = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+        move_(here, device)
         try:
             yield
         finally:
-            _move_rest_(model, home)
+            move_(here, home)
         return
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size <= WORKING_SHARE * free_bytes(device):
+    if fits(model, device):
         with placed(model, device):
             yield
         return
@@ -45,11 +54,10 @@ def dispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _move_rest_(model: PreTrainedModel, device: torch.device) -> None:
-    """Move what is not on ``meta``."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
+def move_(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Move parameters and buffers in place: what is tied stays so."""
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)
 
 
 @contextmanager

@@ -25,10 +25,11 @@ from llmprune.anatomy.blocks import Stack, stubbed
 from llmprune.devices import module_device
 from llmprune.errors import UnsupportedModel
 from llmprune.events import Event, Progress, Stage
+from llmprune.hidden import HiddenStates
 from llmprune.report import Quality
 
 _LOGITS_BUDGET = 1 << 24
-"""Logits of one forward, in elements: bounds the memory of a batch of windows."""
+"""Forward of one forward, in elements: bounds the memory of a batch of windows."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,16 @@ def windows_per_batch(seq_len: int, vocab_size: int) -> int:
     return max(1, min(16, _LOGITS_BUDGET // (seq_len * vocab_size)))
 
 
-Reference = Callable[[int, Tensor], Tensor]
-"""(batch number, input_ids [N, S]) -> the dense model's logits [N, S, V]."""
+Forward = Callable[[int, Tensor], Tensor]
+"""(batch number, input_ids [N, S]) -> logits [N, S, V]: of a model, or of what was kept of one."""
+
+Keep = list[Tensor] | HiddenStates
+"""The head's inputs [N, S, H] by batch."""
 
 
 @torch.no_grad()
 def score_text(
-    model: PreTrainedModel, ids_NS: Tensor, *, dense: Reference | None = None, keep: list[Tensor] | None = None
+    model: PreTrainedModel, ids_NS: Tensor, *, dense: Forward | None = None, keep: Keep | None = None
 ) -> Generator[int, None, Scores]:
     """Score windows of token ids [num_windows, S]; yields the number of windows done, returns the scores.
 
@@ -67,32 +71,65 @@ def score_text(
         keep: the head's inputs [N, S, H] are appended to it, one tensor per batch, on the CPU.
     """
     begun = time.perf_counter()
-    device = module_device(model)
-    loss = divergence = agreement = 0.0
-    num_scored = done = 0
-    batches = ids_NS.split(windows_per_batch(ids_NS.shape[1], model.config.get_text_config().vocab_size))
-    for number, batch_NS in enumerate(batches):
-        batch_NS = batch_NS.to(device)
-        with head_inputs(model) as captured:
-            log_probs_NSV = _log_probs(model(input_ids=batch_NS, use_cache=False).logits)
-        if keep is not None:
-            keep.append(captured[0].cpu())
-        targets_NS = batch_NS[:, 1:].to(log_probs_NSV.device)
-        loss -= float(log_probs_NSV.gather(-1, targets_NS[..., None]).sum(dtype=torch.float64))
-        num_scored += targets_NS.numel()
-        if dense is not None:
-            dense_NSV = _log_probs(dense(number, batch_NS)).to(log_probs_NSV.device)
-            agreement += float((dense_NSV.argmax(-1) == log_probs_NSV.argmax(-1)).sum())
-            divergence += float(F.kl_div(log_probs_NSV, dense_NSV, log_target=True, reduction="none").sum(dtype=torch.float64))
+    device, sums, done = module_device(model), Sums(), 0
+    for number, batch_NS in enumerate(batches_of(model, ids_NS)):
+        sums.add(model, number, batch_NS.to(device), forward_of(model), dense=dense, keep=keep)
         done += len(batch_NS)
         yield done
-    mean_loss = loss / num_scored
-    return Scores(
-        perplexity=math.exp(mean_loss) if mean_loss < 700 else math.inf,
-        kl=None if dense is None else divergence / num_scored,
-        top1_agreement=None if dense is None else agreement / num_scored,
-        seconds=time.perf_counter() - begun,
-    )
+    return sums.scores(time.perf_counter() - begun)
+
+
+def forward_of(model: PreTrainedModel) -> Forward:
+    """The whole model's own."""
+
+    def forward(_number: int, ids_NS: Tensor) -> Tensor:
+        logits_NSV: Tensor = model(input_ids=ids_NS, use_cache=False).logits
+        return logits_NSV
+
+    return forward
+
+
+def batches_of(model: PreTrainedModel, ids_NS: Tensor) -> tuple[Tensor, ...]:
+    """The windows as they are scored: as many at once as the logits leave room for."""
+    return torch.split(ids_NS, windows_per_batch(ids_NS.shape[1], model.config.get_text_config().vocab_size))
+
+
+@dataclass
+class Sums:
+    """What is summed over the scored tokens so far."""
+
+    loss: float = 0.0
+    divergence: float | None = None
+    agreement: float = 0.0
+    num_scored: int = 0
+
+    def add(
+        self, model: PreTrainedModel, number: int, ids_NS: Tensor, forward: Forward, *, dense: Forward | None,
+        keep: Keep | None,
+    ) -> None:  # fmt: skip
+        """Score one batch by what ``forward`` makes of it, through the model's head; see :func:`score_text` for the rest."""
+        with head_inputs(model) as captured:
+            log_probs_NSV = _log_probs(forward(number, ids_NS))
+        if keep is not None:
+            keep.append(captured[0].cpu())
+        targets_NS = ids_NS[:, 1:].to(log_probs_NSV.device)
+        self.loss -= float(log_probs_NSV.gather(-1, targets_NS[..., None]).sum(dtype=torch.float64))
+        self.num_scored += targets_NS.numel()
+        if dense is not None:
+            dense_NSV = _log_probs(dense(number, ids_NS)).to(log_probs_NSV.device)
+            self.agreement += float((dense_NSV.argmax(-1) == log_probs_NSV.argmax(-1)).sum())
+            kl = F.kl_div(log_probs_NSV, dense_NSV, log_target=True, reduction="none").sum(dtype=torch.float64)
+            self.divergence = (self.divergence or 0.0) + float(kl)
+
+    def scores(self, seconds: float) -> Scores:
+        """The means."""
+        loss, divergence = self.loss / self.num_scored, self.divergence
+        return Scores(
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            kl=None if divergence is None else divergence / self.num_scored,
+            top1_agreement=None if divergence is None else self.agreement / self.num_scored,
+            seconds=seconds,
+        )
 
 
 def as_events(
