@@ -31,7 +31,7 @@ from llmprune.engines.permute import permutation_messages
 from llmprune.engines.survey import check_budget
 from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, Warned
-from llmprune.hidden import Place
+from llmprune.hidden import HiddenStates, Place
 from llmprune.io import checkpoint
 from llmprune.io.journal import Journal, difference
 from llmprune.io.models import Source, known_revision, load_model, load_tokenizer, local_directory, resolve
@@ -553,7 +553,8 @@ class Job:
     def _scoring(self) -> Scoring:
         assert self.model is not None
         prompt_1S = self.calibration.ids_NS[:1] if self.config.latency else None
-        return Scoring(self.model, self.stack, self.texts, self.device, prompt_1S)
+        folder = self.journal.directory if self.journal else None
+        return Scoring(self.model, self.stack, self.texts, self.device, prompt_1S, self.config.offload, folder)
 
     def _report(self, checkpoint_bytes: int | None) -> Report:
         assert self.model is not None
@@ -652,7 +653,20 @@ class Job:
             one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device),
             tuned_sites=max(self.stack.sites, key=total_weights) if self.config.reconstruct else (),
+            hidden_here=self._hidden_place() in ("device", self.device.type),
         )
+
+    def _hidden_place(self) -> Place:
+        """Where hidden states wait between blocks; on a CPU its memory is the device."""
+        assert self.model is not None
+        sets = 2 if self.config.reconstruct else 1
+        hidden_size = self.model.config.get_text_config().hidden_size
+        size = sets * self.calibration.ids_NS.numel() * hidden_size * self.model.dtype.itemsize
+        on_cpu = self.device.type == "cpu"
+        return memory.hidden_place(
+            self.config.offload, size, device_free=None if on_cpu else free_bytes(self.device),
+            cpu_free=free_bytes(torch.device("cpu")),
+        )  # fmt: skip
 
     def _too_few_tokens(self) -> str | None:
         """A warning where the calibration tokens cannot give every Gram matrix its rank."""
@@ -672,7 +686,8 @@ class Job:
 
     def _recording(self) -> Recording:
         assert self.model is not None
-        return record_batches(self.model, self.stack, self.calibration.ids_NS.split(self.batch_size), self.device)
+        hidden = HiddenStates((), self._hidden_place(), self.journal.directory if self.journal else None)
+        return record_batches(self.model, self.stack, self.calibration.ids_NS.split(self.batch_size), self.device, hidden)
 
     def _noted(self, events: Iterable[_E]) -> Generator[_E, None, Any]:
         """The same events; warnings among them are kept for the report. What a generator returns is handed on."""

@@ -31,6 +31,7 @@ from llmprune.engines.evolution import MEMORY_SHARE
 from llmprune.engines.reconstruct import HELD_OUT, NUM_CHECKS
 from llmprune.engines.survey import check_budget, group_of, probe_sequences, surveyed_by, targets_of
 from llmprune.errors import DoesNotFit
+from llmprune.hidden import Place
 from llmprune.io.models import build_empty, check_files, hub_errors, load_config, local_directory
 from llmprune.io.stdlib_text import stdlib_documents
 from llmprune.io.streaming import not_streamed
@@ -121,7 +122,7 @@ class _Planner:
         """Bytes of weights in CPU memory: from disk a block at work, one that is being read and one that is being written."""
         return self.rest_weights + 3 * self.block_weights if self.place == "disk" else self.weights
 
-    def _place(self) -> tuple[memory.Place, str | None]:
+    def _place(self) -> tuple[Place, str | None]:
         """Where the weights wait, and why not on disk where they cannot."""
         on_gpu = self.device.type != "cpu"
         place = memory.weights_place(
