@@ -9,6 +9,7 @@
 #                           goes on where it was stopped; ARGS="--models demo --targets 60% --variants wanda,alps --jobs 2 --limit 20",
 #                           ARGS=--tables writes docs/quality.* again from the results, ARGS=--fresh measures all anew
 #   make bench-structured   the same of the methods that make matrices smaller, and how much faster that is: an hour or more; its ARGS too
+#   make bench-peers        llmprune beside llm-compressor, in an environment made for both: half an hour; ARGS="--repeats 5 --threads 2"
 #   make bench-gpu          every kernel checked, then timed, on this machine's GPU; without one it says so
 #   make bench-service      the service under load, under random kills, and with a 3 GiB download
 
@@ -29,7 +30,7 @@ ONCE ?=
 JOBS ?= 3
 ARGS ?=
 
-.PHONY: run test lint format bench bench-quality bench-structured bench-gpu bench-service lock clean
+.PHONY: run test lint format bench bench-quality bench-structured bench-peers bench-gpu bench-service lock clean
 
 # Data of the service that `make run` starts; a local model is allowed to be named by its jobs.
 export LLMPRUNE_DATA_DIR ?= $(CURDIR)/runs/service
@@ -62,6 +63,9 @@ bench-quality: $(READY)
 
 bench-structured: $(READY)
 	$(BIN)/python -m benchmarks structured $(ARGS)
+
+bench-peers: $(READY)
+	$(BIN)/python -m benchmarks peers $(ARGS)
 
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_kernels $(ARGS)

@@ -2,6 +2,7 @@
 
 `make bench-quality`, or `python -m benchmarks quality`, compares the methods; it takes hours and goes on where it was stopped.
 `make bench-structured`, or `python -m benchmarks structured`, does so with those that make matrices smaller.
+`make bench-peers`, or `python -m benchmarks peers`, measures llmprune beside llm-compressor.
 `make bench-service`, or `python -m benchmarks service`, runs service-load, service-download and service-chaos.
 """
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from benchmarks import (
     memory,
     packed,
+    peers,
     quality,
     readme,
     sequential,
@@ -38,7 +40,7 @@ BENCHMARKS: dict[str, Any] = {
     "memory": memory.run,
     "packed": packed.run,
 }
-BY_CELL: dict[str, Any] = {"quality": quality.run, "structured": structured.run}
+BY_CELL: dict[str, Any] = {"quality": quality.run, "structured": structured.run, "peers": peers.run}
 SERVICE: dict[str, Any] = {
     "service-load": service_load.run,
     "service-download": service_download.run,
@@ -53,9 +55,10 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = [*BENCHMARKS, *BY_CELL, *SERVICE, "service", "readme", []]
-    names_help = "default: all but quality, structured and those of the service"
+    names_help = "default: all but quality, structured, peers and those of the service"
     parser.add_argument("names", nargs="*", choices=choices, help=names_help)
     quality.add_options(parser)
+    peers.add_options(parser)
     options = parser.parse_args()
     console = Console()
     is_wrong = False

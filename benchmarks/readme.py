@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import packed, quality_tables, service_chaos, service_download, service_load
+from benchmarks import packed, peers_tables, quality_tables, service_chaos, service_download, service_load
 from benchmarks.quality_results import Results
 from benchmarks.service import say_where
 
@@ -19,8 +19,8 @@ def refresh(results: Path) -> None:
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> for every result there is, unless its table is empty."""
     before = text = README.read_text(encoding="utf-8")
     tables: dict[str, Callable[[dict[str, Any]], str]] = {
-        "quality": _quality, "speed": _speed, "memory": _memory, "packed": _packed, "service_load": _service_load,
-        "service_download": _service_download, "service_chaos": _service_chaos,
+        "quality": _quality, "speed": _speed, "memory": _memory, "packed": _packed, "peers": peers_tables.readme_table,
+        "service_load": _service_load, "service_download": _service_download, "service_chaos": _service_chaos,
     }  # fmt: skip
     for name, table in tables.items():
         file = results / f"{name}.json"
