@@ -2,7 +2,7 @@
 
 Both tools run in an environment of their own (:mod:`benchmarks.peers_venv`), every run in a fresh process, in turns and one at
 a time. Their checkpoints are judged by llmprune's evaluator and compared weight by weight. A cell, which is one method at one
-target of one model, is in the file of results as soon as it is there.
+target of one model, is in the file of results as soon as it is there; one that has fewer runs than asked for gets the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import peers_tables, peers_venv
-from benchmarks.peers_bars import OURS, PEER, bars
+from benchmarks.peers_bars import FROM_DISK, ONE_PASS, OURS, PEER, bars
 from benchmarks.peers_judge import Judge, agreement, weights_of
 from benchmarks.quality import DOCS, ROOT, data_root
 from benchmarks.quality_cell import split_stories
@@ -39,17 +39,21 @@ RESULTS = Path(__file__).parent / "results" / "peers.json"
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     PEER: (PEER, {}),
     OURS: ("llmprune", {}),
-    f"{OURS}, one-pass": ("llmprune", {"sequential": "group"}),
+    FROM_DISK: ("llmprune", {"offload": "disk"}),
+    ONE_PASS: ("llmprune", {"sequential": "group"}),
 }
 METHODS = ("wanda", "sparsegpt")
 TARGETS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 DAMPING = 0.01
-RANDOM = "random-27M"
 WIDTHS = {
-    "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
-RANDOM_SAMPLES, RANDOM_EVAL, RANDOM_LEN = 16, 4, 512
+WIDE, DEEP = "random-27M", "random-190M"
+"""Of few blocks and many tokens, where time is the work's; of many blocks and few tokens, where memory is the weights'."""
+RANDOM_BLOCKS = {WIDE: 2, DEEP: 16}
+RANDOM_SAMPLES = {WIDE: 16, DEEP: 2}
+RANDOM_EVAL, RANDOM_LEN = 4, 512
 MAX_EVAL_TOKENS = 8192
 LIMIT_SECONDS = 1800.0
 NICENESS = -5
@@ -69,6 +73,7 @@ class Subject:
     about: str
     is_trained: bool
     targets: Sequence[str]
+    methods: Sequence[str] = METHODS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +103,10 @@ def run(console: Console, options: argparse.Namespace) -> bool:
 def _measure(
     console: Console, subject: Subject, interpreter: Path, work: Path, results: Results, options: argparse.Namespace
 ) -> None:
-    keys = {(method, target): f"{subject.name}/{method}/{target}" for method in METHODS for target in subject.targets}
-    open_keys = {cell: key for cell, key in keys.items() if options.fresh or key not in results["cells"]}
+    repeats = 1 if subject.is_trained else options.repeats  # small models say nothing of time
+    keys = {(method, target): f"{subject.name}/{method}/{target}" for method in subject.methods for target in subject.targets}
+    done = {} if options.fresh else results["cells"]
+    open_keys = {cell: key for cell, key in keys.items() if key not in done or num_runs(done[key]) < repeats}
     if not open_keys:
         return
     judge = Judge(str(subject.folder), subject.held_out_NS)
@@ -110,38 +117,57 @@ def _measure(
     results["environment"] = environment(torch.device("cpu")).model_dump(mode="json")
     results["versions"] = _versions(interpreter)
     for (method, target), key in open_keys.items():
-        found = measure_cell(subject, method, target, interpreter, work, judge, options)
-        results["cells"][key] = found
+        setting = Setting(subject, method, target, interpreter, work, options.threads)
+        found = results["cells"][key] = measure_cell(setting, judge, done.get(key), repeats)
         new = RESULTS.with_suffix(".tmp")
         new.write_text(json.dumps(results, indent=1) + "\n")
         new.replace(RESULTS)
         console.print(f"{key}: {peers_tables.line(found)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def measure_cell(
-    subject: Subject, method: str, target: str, interpreter: Path, work: Path, judge: Judge, options: argparse.Namespace
-) -> dict[str, Any]:
-    """All runs of one cell, what the first checkpoint of each contestant is worth, and where the two tools' masks agree."""
-    tokens = work / "tokens.pt"
-    torch.save(subject.calibration_NS, tokens)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
-    quality: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a cell share."""
+
+    subject: Subject
+    method: str
+    target: str
+    interpreter: Path
+    work: Path
+    threads: int
+
+    def run(self, name: str, out: Path) -> dict[str, Any]:
+        """One run of a contestant."""
+        tokens = self.work / "tokens.pt"
+        torch.save(self.subject.calibration_NS, tokens)
+        tool, fields = CONTESTANTS[name]
+        job = {
+            "tool": tool, "model": str(self.subject.folder), "method": self.method, "damping": DAMPING, "tokens": str(tokens),
+            "out": str(out), "target": TARGETS[self.target], "fields": fields,
+        }  # fmt: skip
+        return run_tool(self.interpreter, job, self.work, self.threads)
+
+
+def num_runs(cell: dict[str, Any]) -> int:
+    """Of every contestant, as they take turns."""
+    return len(cell["contestants"][PEER]["runs"])
+
+
+def measure_cell(setting: Setting, judge: Judge, before: dict[str, Any] | None, repeats: int) -> dict[str, Any]:
+    """The runs of a cell that are missing; of the first ones, what the checkpoints are worth, and where the masks agree."""
+    cell = before or {"threads": setting.threads, "contestants": {name: {"runs": []} for name in CONTESTANTS}}
     weights = {}
-    for number in range(1 if subject.is_trained else options.repeats):  # small models say nothing of time
+    for number in range(num_runs(cell), repeats):
         for name in list(CONTESTANTS)[:: -1 if number % 2 else 1]:
-            tool, fields = CONTESTANTS[name]
-            out = work / "out"
-            job = {
-                "tool": tool, "model": str(subject.folder), "method": method, "damping": DAMPING, "tokens": str(tokens),
-                "out": str(out), "target": TARGETS[target], "fields": fields,
-            }  # fmt: skip
-            runs[name].append(run_tool(interpreter, job, work, options.threads))
-            if name not in quality:
-                quality[name] = judge.quality(out)
+            out, found = setting.work / "out", cell["contestants"][name]
+            found["runs"].append(setting.run(name, out))
+            if "quality" not in found:
+                found["quality"] = judge.quality(out)
                 weights[name] = weights_of(out, judge.sites)
             shutil.rmtree(out)
-    contestants = {name: {"runs": runs[name], "quality": quality[name]} for name in CONTESTANTS}
-    return {"threads": options.threads, "contestants": contestants, "agreement": agreement(weights[OURS], weights[PEER])}
+    if "agreement" not in cell:
+        cell["agreement"] = agreement(weights[OURS], weights[PEER])
+    return cell
 
 
 def run_tool(interpreter: Path, job: dict[str, Any], work: Path, threads: int) -> dict[str, Any]:
@@ -175,8 +201,9 @@ def _versions(interpreter: Path) -> dict[str, str]:
 
 
 def subjects(temporary: Path) -> Iterator[Subject]:
-    """Models of stock classes: the random one, the bundled one, and those of the folder of `make bench-quality`."""
-    yield random_model(temporary / RANDOM)
+    """Models of stock classes: the random ones, the bundled one, and those of the folder of `make bench-quality`."""
+    yield random_model(WIDE, temporary)
+    yield replace(random_model(DEEP, temporary), targets=["50 %"], methods=["wanda"])
     root = data_root()
     for model in find_models(root):
         if "trust_remote_code" in model.fields:
@@ -201,18 +228,18 @@ def subjects(temporary: Path) -> Iterator[Subject]:
         yield Subject(model.name, folder, calibration.ids_NS, held_out.ids_NS, about, True, targets)
 
 
-def random_model(folder: Path) -> Subject:
+def random_model(name: str, temporary: Path) -> Subject:
     """A Llama of random weights, wide enough for matrix products to take nearly all of the time."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **WIDTHS), dtype=torch.float32)
-    model.save_pretrained(folder)
+    folder, num_blocks, num_samples = temporary / name, RANDOM_BLOCKS[name], RANDOM_SAMPLES[name]
+    config = AutoConfig.for_model("llama", num_hidden_layers=num_blocks, **WIDTHS)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     for file in BUNDLED_PATH.glob("tokenizer*"):
         shutil.copy(file, folder)
-    tokens_NS = torch.randint(WIDTHS["vocab_size"], (RANDOM_SAMPLES + RANDOM_EVAL, RANDOM_LEN))
+    tokens_NS = torch.randint(WIDTHS["vocab_size"], (num_samples + RANDOM_EVAL, RANDOM_LEN))
     about = (
-        f"a Llama of random fp32 weights, {WIDTHS['num_hidden_layers']} blocks, hidden {WIDTHS['hidden_size']}, FFN "
+        f"a Llama of random fp32 weights, {num_blocks} blocks, hidden {WIDTHS['hidden_size']}, FFN "
         f"{WIDTHS['intermediate_size']}, on random tokens"
     )
-    return Subject(
-        RANDOM, folder, tokens_NS[:RANDOM_SAMPLES].clone(), tokens_NS[RANDOM_SAMPLES:].clone(), about, False, list(TARGETS)
-    )
+    calibration_NS, held_out_NS = tokens_NS[:num_samples].clone(), tokens_NS[num_samples:].clone()
+    return Subject(name, folder, calibration_NS, held_out_NS, about, False, list(TARGETS))

@@ -16,7 +16,9 @@ Cell = dict[str, Any]
 
 PEER = "llm-compressor"
 OURS = "llmprune"
+FROM_DISK = f"{OURS}, from disk"
 ONE_PASS = f"{OURS}, one-pass"
+WALKS = (OURS, FROM_DISK, ONE_PASS)
 TIME_AT_MOST, MEMORY_AT_MOST = 0.5, 0.6
 WHOLE = ("import", "load", "prune", "save")
 PRUNING = ("prune",)
@@ -71,9 +73,9 @@ def change(cell: Cell, name: str, key: str) -> Estimate:
 
 
 def bars(results: Results) -> list[Bar]:
-    """All bars. Time and memory are of the random model, which is large enough for them; losses are of trained ones."""
+    """All bars. Time and memory are of the random models, which are large enough for them; losses are of all."""
     found = []
-    for name in (OURS, ONE_PASS):
+    for name in WALKS:
         found += [
             Bar(f"{name}: wall time of the pruning at most {TIME_AT_MOST} x {PEER}'s.", _times(results, name, PRUNING)),
             Bar(f"{name}: peak memory of the process at most {MEMORY_AT_MOST} x {PEER}'s.", _peaks(results, name)),

@@ -7,7 +7,22 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.peers_bars import NOTE, ONE_PASS, OURS, PEER, PRUNING, WHOLE, Cell, Cost, Results, bars, cells, ratio
+from benchmarks.peers_bars import (
+    FROM_DISK,
+    NOTE,
+    ONE_PASS,
+    OURS,
+    PEER,
+    PRUNING,
+    WALKS,
+    WHOLE,
+    Cell,
+    Cost,
+    Results,
+    bars,
+    cells,
+    ratio,
+)
 from benchmarks.quality_tables import bars_text, number, table
 
 SETTINGS = f"""\
@@ -18,6 +33,7 @@ remains different:
 - {PEER} runs every layer twice: once to see its inputs, once to propagate. So does {OURS} (`--sequential block`, the default).
   *{ONE_PASS}* (`--sequential group`) prunes a matrix as soon as its inputs are there, so every layer runs once, and a matrix is
   pruned on inputs that pruned matrices before it in its own layer have made; it holds a layer's activations of all tokens.
+- *{FROM_DISK}* (`--offload disk`) never holds the model: blocks are read from the checkpoint as they are pruned, and written.
 - {PEER} feeds one sequence at a time (its default), {OURS} as many as keep a layer's activations below the hidden states.
 - {PEER} sums a Gram matrix for each of the matrices that read one input and factorises it in fp32; {OURS} sums one for all of
   them and factorises it in fp64. Where that fails {PEER} goes on with the identity, {OURS} raises the damping and says so.
@@ -115,14 +131,14 @@ def _seconds(spread: tuple[float, float, float]) -> str:
 
 
 def readme_table(results: dict[str, Any]) -> str:
-    """Ratios of the random model's cells, one row for a cell and a walk."""
+    """Ratios of the random models' cells, one row for a cell and a walk."""
     rows = []
-    for _, method, target, cell in cells(results, is_trained=False):
-        for name in (OURS, ONE_PASS):
+    for model, method, target, cell in cells(results, is_trained=False):
+        for name in WALKS:
             share: Callable[..., float] = lambda phases, what, cell=cell, name=name: ratio(cell, name, phases, what)
             rows.append(
                 [
-                    f"{method}, {target}: {name}", f"{share(PRUNING, lambda cost: cost.wall):.2f}",
+                    f"{model}, {method}, {target}: {name}", f"{share(PRUNING, lambda cost: cost.wall):.2f}",
                     f"{share(PRUNING, lambda cost: cost.cpu):.2f}", f"{share(WHOLE, lambda cost: cost.wall):.2f}",
                     f"{share(WHOLE, lambda cost: cost.peak):.2f}", f"{share(WHOLE, lambda cost: cost.above):.2f}",
                 ]
@@ -130,10 +146,12 @@ def readme_table(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     head = [f"x {PEER}", "pruning, wall", "pruning, CPU", "whole run", "peak memory", "of it above imports"]
-    model = next(known for known in results["models"].values() if not known["is_trained"])
-    samples, length = model["samples"]
+    known = {name: model for name, model in results["models"].items() if not model["is_trained"]}
+    about = "; ".join(
+        f"{name}: {model['about']}, {' x '.join(map(str, model['samples']))} of them" for name, model in known.items()
+    )
     note = (
-        f"{model['about'][0].upper()}{model['about'][1:]}, {samples} x {length} of them; {results['environment']['device']}, "
-        "in turns in one run. `make bench-peers` measures it; how, and the quality of both: [docs/peers.md](docs/peers.md)."
+        f"{about}. {results['environment']['device']}, in turns in one run. `make bench-peers` measures it; how, and the "
+        "quality of both: [docs/peers.md](docs/peers.md)."
     )
     return table(head, rows) + "\n\n" + note
