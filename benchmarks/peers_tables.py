@@ -119,7 +119,7 @@ def _model(results: Results, model: str) -> str:
     parts += [
         f"Weights that {OURS} and {PEER} both keep or both prune: in the first block, where both see the same inputs, on the "
         "mean of all matrices, and in the one that agrees least; and how far the weights of the first block lie apart, over "
-        "their norm.",
+        "their norm. Sums are rounded differently, and in a deep random model the few weights that this tips grow to many.",
         table(["", "first block", "mean", "least", "distance"], same),
     ]
     return "\n\n".join(parts)
