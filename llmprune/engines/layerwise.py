@@ -5,7 +5,8 @@ Four walks, chosen by ``sequential`` and by what fits in memory:
 - one-pass (``group``, all sequences in one batch): a site is pruned at the moment its whole input is there, so ONE
   forward per block both prunes it and gives the next block's inputs;
 - staged (``group``, several batches): one partial forward per group of sites that share an input, then one full forward;
-- two-pass (``block``): one forward of the dense block collects everything, a second one propagates;
+- two-pass (``block``): one forward of the dense block, as far as its last site's input, collects everything, a second one
+  propagates;
 - dense (``none``): one forward of the dense block collects everything and its outputs go on, so that all statistics are those
   of the dense model, and may come from an earlier job: with ``statistics`` of all blocks there is no forward at all.
 
@@ -298,6 +299,7 @@ class Walk:
         collected: dict[str, LinearStats] = {}
         group: set[int] = set()  # ids of the statistics of the open group
         parameters: set[tuple[int, str]] = set()  # expert parameters of the open group
+        unseen: set[str] = set()  # pending sites whose input this batch has not shown yet
         shared: SharedInputs[LinearStats] = SharedInputs()
 
         def on_input(site: Site, x_TI: Tensor) -> None:
@@ -319,9 +321,14 @@ class Walk:
             group.add(id(stats))
             if site.expert is not None:
                 parameters.add(key)
+            unseen.discard(site.name)
+            if may_stop and not unseen:
+                raise _GroupComplete
 
+        # Nobody reads what comes after the last site's input, such as its own product; a site used again is not seen before.
+        may_stop = whole and not keep and not self.recording.stateful and not self.stack.repeated.intersection(pending)
         for batch in range(len(self.hidden)):
-            shared = SharedInputs()
+            shared, unseen = SharedInputs(), set(pending)
             with Watcher(pending.values(), on_input):
                 try:
                     output_NSH = self._forward(index, block, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -159,7 +160,7 @@ def _counting(calls: list[Tensor]) -> Callable[[Tensor, float], tuple[Tensor, fl
 
 
 def test_one_pass_runs_each_block_once() -> None:
-    """The walk in one pass calls every block exactly once, as does the dense one; two-pass twice."""
+    """The walk in one pass calls every block once, as does the dense one; two-pass twice, the first time not to its end."""
     for sequential, expected in (("group", 1), ("block", 2), ("none", 1)):
         model = tiny_model("llama")
         ids_NS = _ids()
@@ -167,10 +168,25 @@ def test_one_pass_runs_each_block_once() -> None:
         recording = record(model, stack, [ids_NS])
         calls: list[int] = []
         for index, block in enumerate(stack.blocks):
-            block.register_forward_hook(lambda *_, index=index: calls.append(index))
+            block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
         for _ in Walk(stack, recording, PruneConfig(sequential=sequential), torch.device("cpu")).run():
             pass
         assert sorted(calls) == sorted(list(range(len(stack.blocks))) * expected)
+
+
+def test_first_of_two_passes_ends_at_its_last_input() -> None:
+    """What the last site makes of its input is needed once the site is pruned, and not before: its product is computed once."""
+    model, ids_NS = tiny_model("llama"), _ids(4)
+    calls: Counter[str] = Counter()
+    for leaf in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+        module = model.model.layers[0].get_submodule(leaf)
+        module.register_forward_hook(lambda _module, _args, _output, leaf=leaf: calls.update([leaf]))
+    stack = probe(model, find_stack(model), ids_NS[:1])
+    recording = record(model, stack, list(ids_NS.split(2)))
+    calls.clear()
+    with eager_experts(model):
+        list(Walk(stack, recording, PruneConfig(method="wanda"), torch.device("cpu")).run())
+    assert calls == {"self_attn.q_proj": 4, "mlp.up_proj": 4, "mlp.down_proj": 2}
 
 
 def test_starved_expert_falls_back_and_is_named() -> None:
