@@ -1,6 +1,6 @@
-"""Factorisations with a check and a raised damping instead of a silent fallback.
+"""Gram matrices and their factorisations, with a check and a raised damping instead of a silent fallback.
 
-I in features.
+O out, I in features, T tokens, P columns of one panel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from torch import Tensor
 from llmprune.errors import FactorizationError
 
 MAX_DAMPING = 1.0
+_LEAF = 128  # rows of a triangle that is inverted by substitution
+_MIN_PANEL, _MAX_PANELS = 256, 16
+_EXACT_HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,52 @@ class Spectrum:
     values_I: Tensor
 
 
+def panels(num_columns: int) -> list[tuple[int, int]]:
+    """The columns in panels [start, stop) of at least 256, at most 16 of them.
+
+    What is symmetric is computed from the first row to the end of each panel: 1/2 + 1/(2 x panels) of all entries.
+    """
+    width = max(_MIN_PANEL, -(-num_columns // _MAX_PANELS))
+    return [(start, min(start + width, num_columns)) for start in range(0, num_columns, width)]
+
+
+def add_gram_(gram_II: Tensor, x_TI: Tensor) -> None:
+    """Add x^T x to the upper panels of ``gram_II`` (fp32); what is below them is left for :func:`mirror_`.
+
+    ``x_TI`` may be of any float dtype. Products of two half-precision numbers are exact in fp32, and so a CUDA device may
+    form and sum them on its tensor cores, without fp32 copies.
+    """
+    halves = x_TI.dtype in _EXACT_HALVES and x_TI.device.type == "cuda"
+    if not halves:
+        x_TI = x_TI.float()
+    for start, stop in panels(len(gram_II)):
+        left_PT, right_TP = x_TI[:, :stop].T, x_TI[:, start:stop]
+        product = torch.mm(left_PT, right_TP, out_dtype=torch.float32) if halves else left_PT @ right_TP
+        # Not addmm_: some BLAS then add token by token to the large total, and lose two digits on long texts.
+        gram_II[:stop, start:stop] += product
+
+
+def mirror_(gram_II: Tensor) -> None:
+    """Copy the upper triangle over the lower one: exactly symmetric, whatever order the products were summed in."""
+    for start, stop in panels(len(gram_II)):
+        gram_II[start:stop, :start] = gram_II[:start, start:stop].T
+        own_PP = gram_II[start:stop, start:stop]
+        own_PP.copy_(own_PP.triu() + own_PP.triu(1).T)
+
+
+def energy(weight_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """tr(W G W^T) = ||W X||_F^2 of a symmetric G, fp64 scalar: with half of the products, as each pair counts twice."""
+    weight_OI = weight_OI.float()
+    total = torch.zeros((), dtype=torch.float64, device=gram_II.device)
+    for start, stop in panels(len(gram_II)):
+        own_OP = weight_OI[:, start:stop]
+        output_OP = own_OP @ gram_II[start:stop, start:stop]
+        if start:
+            output_OP += 2 * (weight_OI[:, :start] @ gram_II[:start, start:stop])
+        total += output_OP.mul_(own_OP).sum(dtype=torch.float64)
+    return total
+
+
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular U [I, I] (fp32) with U^T U = (G + damping * mean(diag G) * Id)^-1, and the damping used.
 
@@ -43,8 +92,8 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
         FactorizationError: the matrix holds NaN or inf, or stays indefinite at damping 1.0.
     """
     _, lower_II, used = _damp(gram_II.flip(0, 1), damping)
-    eye_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-    inverse_II = torch.linalg.solve_triangular(lower_II, eye_II, upper=False)
+    inverse_II = torch.zeros_like(lower_II)
+    _invert_lower(lower_II, inverse_II)
     return inverse_II.flip(0, 1).to(gram_II.device, torch.float32), used
 
 
@@ -72,6 +121,24 @@ def damped(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     damped_II, _, used = _damp(gram_II, damping)
     return damped_II, used
+
+
+def _invert_lower(lower_II: Tensor, out_II: Tensor) -> None:
+    """Write the inverse of a lower triangle into ``out_II``, zeros above its diagonal.
+
+    By halves: inv [[A, 0], [B, C]] = [[A', 0], [-C' B A', C']]. Two thirds of the operations of solving for the identity, and
+    those matrix products. As stable (Higham 2002, chapter 14).
+    """
+    size = len(lower_II)
+    if size <= _LEAF:
+        eye_II = torch.eye(size, dtype=lower_II.dtype, device=lower_II.device)
+        out_II.copy_(torch.linalg.solve_triangular(lower_II, eye_II, upper=False))
+        return
+    half = size // 2
+    _invert_lower(lower_II[:half, :half], out_II[:half, :half])
+    _invert_lower(lower_II[half:, half:], out_II[half:, half:])
+    owed = lower_II[half:, :half] @ out_II[:half, :half]
+    torch.mm(out_II[half:, half:], owed, out=out_II[half:, :half]).neg_()
 
 
 def _damp(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:

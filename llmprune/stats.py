@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmprune.linalg import Spectrum, inverse_factor, spectrum
+from llmprune.linalg import Spectrum, add_gram_, inverse_factor, mirror_, spectrum
 from llmprune.spec import Need
 
 T = TypeVar("T")
 _ROWS = 4096  # summed by themselves first, so that rounding does not grow with T and no fp32 copy is whole
+_CACHED_ROWS = 256  # of sums over columns, which read their part twice: 4 bytes x 256 x I stay in the cache
 
 _CONSTANT = 1e-5  # the rounding of a mean square in fp32, with room
 
@@ -51,9 +52,8 @@ class LinearStats:
             self.sum_I += _column_sums(x_TI, lambda part_TI: part_TI)
         if self.gram_II is not None:
             for part_TI in x_TI.split(_ROWS):
-                part_TI = part_TI.float()
-                # Not addmm_: some BLAS then add token by token to the large total, and lose two digits on long texts.
-                self.gram_II += part_TI.T @ part_TI
+                add_gram_(self.gram_II, part_TI)
+            mirror_(self.gram_II)
             self.sq_I = self.gram_II.diagonal().clone()
         else:
             self.sq_I += _column_sums(x_TI, Tensor.square)
@@ -147,6 +147,8 @@ class ServingStats(LinearStats):
 def _column_sums(x_TI: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
     """Column sums of ``of(x)``, fp32 [I], by parts."""
     total_I = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x_TI.device)
-    for part in x_TI.split(_ROWS):
-        total_I += of(part.float()).sum(0)
+    for rows_TI in x_TI.split(_ROWS):
+        rows = _CACHED_ROWS if x_TI.device.type == "cpu" else _ROWS
+        parts = [of(part_TI.float()).sum(0) for part_TI in rows_TI.split(rows)]
+        total_I += torch.stack(parts).sum(0)
     return total_I

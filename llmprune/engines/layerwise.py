@@ -35,6 +35,7 @@ from llmprune.engines.reconstruct import reconstruct_
 from llmprune.errors import FactorizationError, NonFiniteError
 from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, Warned
 from llmprune.hidden import HiddenStates
+from llmprune.linalg import energy
 from llmprune.methods import METHODS, get_method
 from llmprune.report import BlockReport, Permutation, Reconstruction, SiteReport
 from llmprune.spec import Need, PruneConfig, Target
@@ -428,9 +429,8 @@ def relative_output_error(dense_OI: Tensor, pruned_OI: Tensor, stats: LinearStat
     if stats.gram_II is None:
         return None
     dense_OI = dense_OI.float()
-    change_OI = dense_OI - pruned_OI.float()
-    whole = ((dense_OI @ stats.gram_II) * dense_OI).sum(dtype=torch.float64)
-    lost = ((change_OI @ stats.gram_II) * change_OI).sum(dtype=torch.float64)
+    whole = energy(dense_OI, stats.gram_II)
+    lost = energy(dense_OI - pruned_OI.float(), stats.gram_II)
     return float(lost / whole) if whole > 0 else 0.0
 
 

@@ -72,26 +72,28 @@ class _Columns:
         planned_IO = None
         if self.target.pattern.m is None and self.target.scope == "matrix":
             planned_IO = keep_mask(self._score(slice(None)), self.target.pattern, self.target.sparsity, "matrix").T
-        self._prune(0, num_in, planned_IO)
+        self._prune(0, num_in, None if planned_IO is None else _dropped(planned_IO))
 
-    def _prune(self, start: int, stop: int, keep_IO: Tensor | None) -> None:
-        """Prune columns [start, stop); ``keep_IO`` is their support once it is chosen."""
+    def _prune(self, start: int, stop: int, drop_IO: Tensor | None) -> None:
+        """Prune columns [start, stop); ``drop_IO`` is 1 where a weight goes, once that is chosen, and 0 where it stays."""
         size = stop - start
-        if keep_IO is None and size <= self.width:
-            keep_IO = self._choose(start, stop)
+        if drop_IO is None and size <= self.width:
+            drop_IO = _dropped(self._choose(start, stop))
         if size == 1:
-            assert keep_IO is not None
-            column_O = self.weight_IO[start]
-            self.error_IO[start] = column_O.where(~keep_IO[0], 0) / self.diagonal[start]
-            column_O.copy_(column_O.where(keep_IO[0], 0))
+            assert drop_IO is not None
+            # Three small operations: most of the time goes into starting them. What stays is w - 0, what goes w - w.
+            column_1O, error_1O = self.weight_IO[start:stop], self.error_IO[start:stop]
+            torch.mul(column_1O, drop_IO, out=error_1O)
+            column_1O.sub_(error_1O)
+            error_1O.div_(self.diagonal[start])
             return
         # Above a block's width a split falls between blocks.
         unit = self.width if size > self.width else 1
         middle = start + unit * ((-(-size // unit) + 1) // 2)
-        self._prune(start, middle, None if keep_IO is None else keep_IO[: middle - start])
+        self._prune(start, middle, None if drop_IO is None else drop_IO[: middle - start])
         owed = self.factor_II[start:middle, middle:stop].T
         self.weight_IO[middle:stop].addmm_(owed, self.error_IO[start:middle], alpha=-1)
-        self._prune(middle, stop, None if keep_IO is None else keep_IO[middle - start :])
+        self._prune(middle, stop, None if drop_IO is None else drop_IO[middle - start :])
 
     def _choose(self, start: int, stop: int) -> Tensor:
         """The support [B, O] of one block from its present weights."""
@@ -103,3 +105,7 @@ class _Columns:
 
     def _score(self, columns: slice) -> Tensor:
         return (self.weight_IO[columns].abs() * self.weigh_I[columns, None]).T.contiguous()
+
+
+def _dropped(keep_IO: Tensor) -> Tensor:
+    return (~keep_IO).to(torch.float32, memory_format=torch.contiguous_format)
