@@ -91,10 +91,10 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, float]:
     Raises:
         FactorizationError: the matrix holds NaN or inf, or stays indefinite at damping 1.0.
     """
-    _, lower_II, used = _damp(gram_II.flip(0, 1), damping)
+    lower_II, used = _damp(gram_II.flip(0, 1), damping)[1:]  # the damped matrix itself is let go
     inverse_II = torch.zeros_like(lower_II)
     _invert_lower(lower_II, inverse_II)
-    return inverse_II.flip(0, 1).to(gram_II.device, torch.float32), used
+    return inverse_II.to(gram_II.device, torch.float32).flip(0, 1), used
 
 
 def spectrum(gram_II: Tensor, damping: float) -> tuple[Spectrum, float]:
@@ -148,15 +148,15 @@ def _damp(gram_II: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
         raise FactorizationError("the Gram matrix holds NaN or inf: the calibration activations overflowed.")
     # fp64 is not to be had on every backend (MPS): factorise on the CPU there.
     work = gram_II.device if gram_II.device.type in ("cpu", "cuda", "xpu") else torch.device("cpu")
-    live_II = gram_II.to(work, torch.float64, copy=True)
-    diagonal_I = live_II.diagonal()
+    damped_II = gram_II.to(work, torch.float64, copy=True)
+    diagonal_I = damped_II.diagonal()
     dead_I = diagonal_I == 0
     scale = float(diagonal_I.mean()) or 1.0
     diagonal_I[dead_I] = scale
+    live_I = diagonal_I.clone()
     used = damping
     while True:
-        damped_II = live_II.clone()
-        damped_II.diagonal().add_(used * scale)
+        diagonal_I.copy_(live_I + used * scale)
         lower_II, info = torch.linalg.cholesky_ex(damped_II)
         if int(info) == 0:
             return damped_II, lower_II, used
