@@ -11,6 +11,8 @@
 #   make bench-structured   the same of the methods that make matrices smaller, and how much faster that is: an hour or more; its ARGS too
 #   make bench-peers        llmprune beside llm-compressor, in an environment made for both: half an hour; ARGS="--repeats 5 --threads 2"
 #   make bench-gpu          every kernel checked, then timed, on this machine's GPU; without one it says so
+#   make bench-scale        what a walk costs beside a forward, how it grows, and that its memory does not: a quarter of an hour
+#   make bench-scale-gpu    the walk on this machine's GPU: checked, then a Llama of 8 B random weights timed; without one it says so
 #   make bench-service      the service under load, under random kills, and with a 3 GiB download
 
 SHELL := /bin/bash
@@ -30,7 +32,7 @@ ONCE ?=
 JOBS ?= 3
 ARGS ?=
 
-.PHONY: run test lint format bench bench-quality bench-structured bench-peers bench-gpu bench-service lock clean
+.PHONY: run test lint format bench bench-quality bench-structured bench-peers bench-gpu bench-scale bench-scale-gpu bench-service lock clean
 
 # Data of the service that `make run` starts; a local model is allowed to be named by its jobs.
 export LLMPRUNE_DATA_DIR ?= $(CURDIR)/runs/service
@@ -69,6 +71,12 @@ bench-peers: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_kernels $(ARGS)
+
+bench-scale: $(READY)
+	$(BIN)/python -m benchmarks scale $(ARGS)
+
+bench-scale-gpu: $(READY)
+	$(BIN)/python -m benchmarks.scale_gpu $(ARGS)
 
 bench-service: $(READY)
 	$(BIN)/python -m benchmarks service $(ARGS)

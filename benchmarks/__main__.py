@@ -3,6 +3,7 @@
 `make bench-quality`, or `python -m benchmarks quality`, compares the methods; it takes hours and goes on where it was stopped.
 `make bench-structured`, or `python -m benchmarks structured`, does so with those that make matrices smaller.
 `make bench-peers`, or `python -m benchmarks peers`, measures llmprune beside llm-compressor.
+`make bench-scale`, or `python -m benchmarks scale`, runs scale-walk, scale-growth and scale-memory.
 `make bench-service`, or `python -m benchmarks service`, runs service-load, service-download and service-chaos.
 """
 
@@ -24,6 +25,8 @@ from benchmarks import (
     peers,
     quality,
     readme,
+    scale,
+    scale_tables,
     sequential,
     service,
     service_chaos,
@@ -48,33 +51,37 @@ SERVICE: dict[str, Any] = {
 }
 
 
+TOGETHER: dict[str, dict[str, Any]] = {"service": SERVICE, "scale": scale.PARTS}
+
+
 def main() -> None:
     """Run what is named, write a JSON file for each, and refresh the README's tables from the files.
 
     Exits with 1 if a result says that something is wrong.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = [*BENCHMARKS, *BY_CELL, *SERVICE, "service", "readme", []]
-    names_help = "default: all but quality, structured, peers and those of the service"
+    choices = [*BENCHMARKS, *BY_CELL, *SERVICE, *scale.PARTS, *TOGETHER, "readme", []]
+    names_help = "default: all but quality, structured, peers, scale and those of the service"
     parser.add_argument("names", nargs="*", choices=choices, help=names_help)
     quality.add_options(parser)
     peers.add_options(parser)
     options = parser.parse_args()
     console = Console()
     is_wrong = False
-    for name in chain.from_iterable(SERVICE if name == "service" else [name] for name in options.names or BENCHMARKS):
+    for name in chain.from_iterable(TOGETHER.get(name, [name]) for name in options.names or BENCHMARKS):
         if name == "readme":
             continue
         console.rule(name)
         if name in BY_CELL:  # keeps its own file
             is_wrong |= BY_CELL[name](console, options)
             continue
-        result = (BENCHMARKS | SERVICE)[name](console)
+        result = (BENCHMARKS | SERVICE | scale.PARTS)[name](console)
         is_wrong |= bool(result and result.get("wrong"))
         is_smaller = name in SERVICE and any(size in os.environ for size in service.SMALLER)
         if result is not None and not is_smaller:
             (RESULTS / f"{name.replace('-', '_')}.json").write_text(json.dumps(result, indent=1) + "\n")
     readme.refresh(RESULTS)
+    scale_tables.refresh(RESULTS)
     sys.exit(is_wrong)
 
 
