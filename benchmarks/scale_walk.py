@@ -178,7 +178,7 @@ def score_seconds(rows: list[dict[str, Any]], shape: formulas.Shape) -> float:
 
 def growth(console: Console, device: torch.device, *, fields: dict[str, int] | None = None,
            blocks: tuple[int, ...] = MANY_BLOCKS, tokens: tuple[int, ...] = MANY_TOKENS, few_tokens: int = FEW_TOKENS,
-           repeats: int = 3) -> list[dict[str, Any]]:  # fmt: skip
+           repeats: int = 2) -> list[dict[str, Any]]:  # fmt: skip
     """Seconds of SparseGPT and Wanda against blocks, and against tokens, each with its fitted exponent."""
     fields = fields or NARROW
     rows = []
