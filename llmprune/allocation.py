@@ -19,6 +19,7 @@ from llmprune.anatomy.sites import select
 from llmprune.devices import module_device
 from llmprune.engines.divergence import Divergence
 from llmprune.engines.evolution import Group, Shelves, rung_bytes, scratch
+from llmprune.engines.sharding import Shares
 from llmprune.engines.survey import Survey, probe_sequences, shapes_of, surveyed_need, surveyor
 from llmprune.events import Event, Progress, Warned
 from llmprune.io.statistics import Statistics
@@ -43,6 +44,8 @@ class Sharing:
         directory: where a search may put what does not fit in memory; None for the system's own place.
         statistics: the cache for statistics of such a need, where there is one.
         reused: what was found there.
+        shares: of several processes what this one does: statistics come from its own sequences, and a search's candidates
+            are dealt out. None where it is alone.
     """
 
     model: PreTrainedModel
@@ -54,6 +57,7 @@ class Sharing:
     directory: Path | None = None
     statistics: Callable[[Need], Statistics | None] = lambda _: None
     reused: list[StatisticsReport] = field(default_factory=list)
+    shares: Shares | None = None
 
     @property
     def num_probes(self) -> int:
@@ -113,18 +117,26 @@ class Sharing:
         ids_NS, model, num_probes = self.ids_NS, self.model, self.num_probes
         with dispatched(model, self.device):
             device = module_device(model)
-            recording = record(model, self.stack, [batch.to(device) for batch in ids_NS.split(self.batch_size)])
+            recording = record(model, self.stack, [batch.to(device) for batch in self._own_batches])
             streams = record(model, self.stack, [ids_NS[:num_probes].to(device)]) if num_probes else None
         needs = ALLOCATORS[self.config.allocation].needs
         statistics = self._opened(surveyed_need(needs))
-        survey = Survey(self.stack, recording, self.config, self.device, needs, streams, statistics)
+        survey = Survey(
+            self.stack, recording, self.config, self.device, needs, streams, statistics=statistics, shares=self.shares
+        )
         with eager_experts(model):
             yield from self._steps(survey.run())
         yield from self._close(statistics, "allocate")
         if num_probes:
             with head_of(model, self.stack, ids_NS[:num_probes].split(1), self.device)() as logits:
                 yield from self._steps(survey.measure(logits))
-        return survey.facts
+        return self.shares.by_first(lambda: survey.facts) if self.shares else survey.facts
+
+    @property
+    def _own_batches(self) -> Sequence[Tensor]:
+        """The calibration sequences of this process, in batches."""
+        own_NS = self.shares.rows(self.ids_NS) if self.shares else self.ids_NS
+        return own_NS.split(self.batch_size)  # type: ignore[no-any-return]
 
     def _opened(self, need: Need) -> Statistics | None:
         """The cache, open for all blocks."""
@@ -162,9 +174,9 @@ class Sharing:
         chunks = search_chunks(self.ids_NS)
         with dispatched(model, self.device):
             device = module_device(model)
-            calibration = record(model, self.stack, [batch.to(device) for batch in self.ids_NS.split(self.batch_size)])
+            calibration = record(model, self.stack, [batch.to(device) for batch in self._own_batches])
             recording = record(model, self.stack, [chunk.to(device) for chunk in chunks])
-        walk = surveyor(self.stack, calibration, config, self.device)
+        walk = surveyor(self.stack, calibration, config, self.device, self.shares)
         walk.needs = walk.method.needs
         walk.statistics = statistics = self._opened(walk.needs)
         head = head_of(model, self.stack, chunks, self.device)

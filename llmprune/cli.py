@@ -87,7 +87,7 @@ from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
 from llmprune.methods import METHODS, REFINED, STRUCTURAL
-from llmprune.processes import is_first, several
+from llmprune.processes import is_first, several, speaks
 from llmprune.spec import BUNDLED_MODEL, Pattern, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
 
@@ -165,10 +165,10 @@ def prune(
         if out is None:
             raise ConfigError("--out DIR is missing: where should the checkpoint go?")
         config = PruneConfig.build(None, **fields)
-        if several() and Pattern.parse(config.pattern).structure != "structured":
+        if several() and Pattern.parse(config.pattern).structure in ("blocks", "experts"):
             raise ConfigError(
-                f"several processes work together on pattern structured only, got pattern {config.pattern}. Start one, without "
-                "accelerate launch or torchrun."
+                f"pattern {config.pattern} is the work of one process: several share zeros and pattern structured. Start one, "
+                "without --num-gpus, accelerate launch or torchrun."
             )
         with heavy_imports():
             from llmprune.api import prune_iter
@@ -353,7 +353,8 @@ def main() -> None:
     try:
         with_plugins()()
     except LlmpruneError as error:
-        error_console.print(f"Error: {printable(message_of(error))}", style="red", markup=False)
+        if speaks(error):
+            error_console.print(f"Error: {printable(message_of(error))}", style="red", markup=False)
         sys.exit(error.exit_code)
 
 

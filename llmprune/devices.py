@@ -27,7 +27,7 @@ from torch import nn
 
 from llmprune._version import __version__
 from llmprune.errors import ConfigError, OutOfMemory, one_line
-from llmprune.processes import TIMEOUT, num_here
+from llmprune.processes import TIMEOUT, meet, num_here
 from llmprune.report import Environment
 
 _CGROUP_FILES = (
@@ -73,6 +73,7 @@ def own_device(name: str) -> torch.device:
     state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     if not torch.distributed.is_initialized():
         raise ConfigError(f"processes on {device.type!r} cannot talk to each other. Start one, or use --device cpu.")
+    meet()
     own: torch.device = state.device
     return own
 

@@ -4,6 +4,7 @@
     ├── NonFiniteError            a block put out NaN or inf
     ├── FactorizationError        a Gram matrix stayed indefinite under rising damping
     ├── JournalError              a record of the work directory does not match its digest
+    ├── ProcessLost               another of several processes ended; says which
     └── UserError                 exit code 2, HTTP 4xx: the request cannot be met as it stands
         ├── ConfigError           a field, or two fields together, make no sense
         │   └── PatternError      n:m does not divide a site's inputs
@@ -34,9 +35,13 @@ def one_line(error: BaseException) -> str:
 
 
 class LlmpruneError(Exception):
-    """Base of all errors raised on purpose; ``exit_code`` is what the command line returns."""
+    """Base of all errors raised on purpose; ``exit_code`` is what the command line returns.
+
+    ``told`` is true where another of several processes has raised it, and says it.
+    """
 
     exit_code = 1
+    told = False
 
 
 class NonFiniteError(LlmpruneError):
@@ -49,6 +54,10 @@ class FactorizationError(LlmpruneError):
 
 class JournalError(LlmpruneError):
     """A finished record of the work directory is damaged."""
+
+
+class ProcessLost(LlmpruneError):
+    """Another of the processes that do the job together ended before it."""
 
 
 class UserError(LlmpruneError):

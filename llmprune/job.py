@@ -2,8 +2,9 @@
 
 Everything a front end needs comes out as events; everything a resumed run needs lies in the journal.
 
-Several processes may do one job of pattern structured (:mod:`llmprune.processes`): all of them load the model and choose what
-goes, and the first alone reads texts, measures, keeps the journal and writes.
+Several processes may do one job (:mod:`llmprune.processes`): all of them load the model and hold the same weights after every
+stage, and the first alone reads texts, keeps the journal and writes. A job of pattern structured shares out the candidates of
+its search, one that leaves zeros the calibration sequences and the sites (:mod:`llmprune.engines.sharding`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from llmprune.description import describe_model
 from llmprune.devices import device_name, environment, free_bytes, memory_errors, module_device, own_device, pick_device
 from llmprune.engines.layerwise import Walk, block_messages, shared_sites
 from llmprune.engines.permute import permutation_messages
+from llmprune.engines.sharding import Shares
 from llmprune.engines.survey import check_budget
-from llmprune.errors import ConfigError, FactorizationError, NonFiniteError, OutputError, UnsupportedModel
+from llmprune.errors import ConfigError, FactorizationError, LlmpruneError, NonFiniteError, OutputError, UnsupportedModel
 from llmprune.events import BlockFinished, Event, Finished, Progress, Stage, Warned
 from llmprune.hidden import HiddenStates, Place
 from llmprune.io import checkpoint
@@ -64,7 +66,7 @@ from llmprune.spec import Need, Pattern, PruneConfig, default_seq_len
 from llmprune.stages import StageClock
 from llmprune.structuring.choice import Setting
 from llmprune.structuring.stage import Structuring, check_structure
-from llmprune.walking import JournaledWalk, record_batches
+from llmprune.walking import JournaledWalk, own_place, record_batches
 
 _A = TypeVar("_A")
 _E = TypeVar("_E", bound=Event)
@@ -105,6 +107,7 @@ class Job:
     structure: StructureReport | None = None
     packed: Packed | None = None
     benchmark: Benchmark | None = None
+    report: Report | None = None
 
     def run(self) -> Iterator[Event]:
         """Do the job; the last event is Finished, and the only one where a resumed job turns out to be done."""
@@ -119,20 +122,22 @@ class Job:
                 yield from self._load()
                 yield from self._calibrate()
                 self.batch_size = self._agreed(self._open_journal)
-                if not self.first:
+                if not self.first and self.shares is None:
                     yield from self._follow()
                     return
-                yield from self._measure_dense()
+                yield from self._by_first(self._measure_dense())
                 if Pattern.parse(self.config.pattern).structure:
                     yield from self._structure()
                 else:
                     yield from self._allocate()
                     yield from self._prune()
-                    yield from self._refine()
+                    yield from self._by_first(self._refine())
+                    self._same_weights()
                     yield from self._reconstruct()
-                yield from self._measure_pruned()
-                yield from self._benchmark()
-                yield from self._save()
+                yield from self._by_first(self._measure_pruned())
+                yield from self._by_first(self._benchmark())
+                yield from self._by_first(self._save())
+                yield self._finished(self.report)
         except (NonFiniteError, FactorizationError):
             if self.journal:
                 self.journal.remove()  # the same run would stop here again, and another one may not go on with it
@@ -146,16 +151,39 @@ class Job:
     def _join(self) -> None:
         """One of several processes takes a device of its own; all but the first leave ``out`` to it."""
         config = self.config
-        self.shared = several() and Pattern.parse(config.pattern).structure == "structured"
+        structure = Pattern.parse(config.pattern).structure
+        self.shared = several() and structure in (None, "structured")
         self.first = is_first() or not self.shared
         if self.shared:
             self.device = own_device(config.device)
+        self.shares = Shares.of(self.device) if self.shared and structure is None else None
+        if self.shares and config.reconstruct:
+            raise ConfigError("reconstruct is the work of one process. Start one, or several without --reconstruct.")
         if not self.first:
             self.out = None
 
     def _agreed(self, work: Callable[[], _A]) -> _A:
         """What ``work()`` returns in this process, or in the first of several."""
         return first_says(work) if self.shared else work()
+
+    def _by_first(self, stage: Iterator[Event]) -> Iterator[Event]:
+        """A stage that the first alone does of several processes that walk together; an error that ends it there ends all."""
+        if self.shares is None:
+            yield from stage
+            return
+        failure: LlmpruneError | None = None
+        if self.first:
+            try:
+                with checkpoint.disk_errors(self.out or Path.cwd()), memory_errors():
+                    yield from stage
+            except LlmpruneError as error:
+                failure = error
+
+        def outcome() -> None:
+            if failure is not None:
+                raise failure
+
+        self._agreed(outcome)
 
     def _already_done(self) -> Report | None:
         """The report of this very run, if it was killed after its checkpoint took its place: then what it left goes.
@@ -278,6 +306,8 @@ class Job:
             **_config_fields(self.config),
         }
         self.journal = self._journal_of(self.out)
+        if Pattern.parse(self.config.pattern).structure is None:  # another number of them has other hidden states
+            self.fingerprint["num_processes"] = self.shares.size if self.shares else 1
         self.resumed = self.resume and self.journal.exists
         if self.resumed:  # the batch that fits may have changed since; the run's own one is kept
             self.fingerprint["batch_size"] = self.batch_size = self.journal.recorded()["batch_size"]
@@ -317,8 +347,8 @@ class Job:
         if config.allocation == "uniform":
             return
         clock = self._clock("allocate")
-        if self.journal and self.journal.has(_ALLOCATION):
-            data = self.journal.read(_ALLOCATION, [])
+        recorded = self.journal is not None and self.journal.has(_ALLOCATION)
+        if data := self._agreed(lambda: self.journal.read(_ALLOCATION, []) if self.journal and recorded else None):
             self.allocation = AllocationReport.model_validate(data["allocation"])
             self.statistics += [StatisticsReport.model_validate(item) for item in data["statistics"]]
             yield clock.started(data["total"], resumed_at=data["total"])
@@ -327,7 +357,15 @@ class Job:
         assert self.model is not None
         directory = self.journal.directory if self.journal else None
         sharing = Sharing(
-            self.model, self.stack, config, self.calibration.ids_NS, self.batch_size, self.device, directory, self._statistics
+            self.model,
+            self.stack,
+            config,
+            self.calibration.ids_NS,
+            self.batch_size,
+            self.device,
+            directory,
+            self._statistics,
+            shares=self.shares,
         )
         yield clock.started(sharing.num_steps)
         self.allocation = yield from self._noted(sharing.run())
@@ -342,6 +380,7 @@ class Job:
         clock = self._clock("prune")
         yield clock.started(len(self.stack.blocks), resumed_at=self.journal.num_blocks() if self.journal else 0)
         assert self.model is not None
+        own = own_place(self._agreed(lambda: self.journal.directory if self.journal else None), self.shares)
         config = self.config
         if config.refine != "none":  # the mask comes first: kept weights are tuned when it is final
             config = config.model_copy(update={"reconstruct": False})
@@ -350,10 +389,11 @@ class Job:
         statistics = self._dense_statistics(start)
         known = statistics is not None and statistics.complete(start)  # then no block has to run
         recording = Recording() if known else self._recording()
-        walk = Walk(self.stack, recording, config, self.device, targets_of_sites(self.config, self.allocation))
+        targets = targets_of_sites(self.config, self.allocation)
+        walk = Walk(self.stack, recording, config, self.device, targets, shares=self.shares)
         walk.statistics = statistics
         self.walk_kind = walk.kind
-        journaled = JournaledWalk(self.model, walk, self.journal)
+        journaled = JournaledWalk(self.model, walk, self.journal, own=own)
         self.blocks = journaled.restore()
         before = sum(block.seconds for block in self.blocks)
         self.warnings += [message for block in self.blocks for message in block_messages(block)]
@@ -450,6 +490,12 @@ class Job:
             self.dense_weights = {}
         yield clock.finished(before + clock.seconds)
 
+    def _same_weights(self) -> None:
+        """Give all processes the mask that the first refined."""
+        if self.shares and self.config.refine != "none":
+            for block in self.stack.blocks:
+                self.shares.same_(block)
+
     def _reconstruct(self) -> Iterator[Event]:
         """Tune the kept weights of a refined mask: the dense weights are put back, and the blocks walked once more."""
         if self.config.refine == "none" or not self.config.reconstruct:
@@ -510,7 +556,7 @@ class Job:
     def _save(self) -> Iterator[Event]:
         clock = self._clock("save")
         if self.out is None:
-            yield self._finished(self._report(None))
+            self.report = self._report(None)
             return
         yield clock.started(2)
         assert self.model is not None
@@ -526,16 +572,15 @@ class Job:
             if self.config.export == "packed":
                 yield from self._pack(folder)
             finished = clock.finished()
-            report = self._report(checkpoint.weights_bytes(folder))
+            self.report = self._report(checkpoint.weights_bytes(folder))
             fingerprint = self.fingerprint if self.journal else {}
-            checkpoint.finish(folder, self.out, report, fingerprint, checkpoint.license_of(source))
+            checkpoint.finish(folder, self.out, self.report, fingerprint, checkpoint.license_of(source))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         yield finished
         if self.journal:
             self.journal.remove()
-        yield self._finished(report)
 
     def _pack(self, folder: Path) -> Iterator[Event]:
         """Pack what was just written; where nothing gets smaller by it the checkpoint stays dense, with a warning."""
@@ -589,7 +634,7 @@ class Job:
     def _place(self) -> Place:
         """Where the weights wait; a run that is resumed goes on with those that it had."""
         assert self.source is not None
-        reason = not_streamed(self.config, self.out)
+        reason = "where several processes share a job" if self.shared else not_streamed(self.config, self.out)
         if self.config.offload == "disk" and reason:
             raise ConfigError(f"weights cannot stay on disk {reason}.")
         recorded = self._journal_of(self.out) if self.out and self.resume else None
@@ -645,12 +690,12 @@ class Job:
         hidden_size = self.model.config.get_text_config().hidden_size
         return memory.choose_batch_size(
             [site for sites in self.stack.sites for site in sites],
-            num_samples=self.config.num_samples,
+            num_samples=-(-self.config.num_samples // (self.shares.size if self.shares else 1)),
             seq_len=self.seq_len,
             hidden_size=hidden_size,
             itemsize=self.model.dtype.itemsize,
             need=Need.GRAM if self.config.sequential == "none" else method_of(self.config).needs,  # any method: equal batches
-            one_pass=self.config.sequential == "group",
+            one_pass=self.config.sequential == "group" and self.shares is None,
             free_bytes=free_bytes(self.device),
             tuned_sites=max(self.stack.sites, key=total_weights) if self.config.reconstruct else (),
             hidden_here=self._hidden_place() in ("device", self.device.type),
@@ -687,7 +732,8 @@ class Job:
     def _recording(self) -> Recording:
         assert self.model is not None
         hidden = HiddenStates((), self._hidden_place(), self.journal.directory if self.journal else None)
-        return record_batches(self.model, self.stack, self.calibration.ids_NS.split(self.batch_size), self.device, hidden)
+        ids_NS = self.shares.rows(self.calibration.ids_NS) if self.shares else self.calibration.ids_NS
+        return record_batches(self.model, self.stack, ids_NS.split(self.batch_size), self.device, hidden)
 
     def _noted(self, events: Iterable[_E]) -> Generator[_E, None, Any]:
         """The same events; warnings among them are kept for the report. What a generator returns is handed on."""

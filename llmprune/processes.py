@@ -7,12 +7,16 @@ progress, keeps the journal and writes the checkpoint, and what could differ bet
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from llmprune.errors import LlmpruneError, one_line
+import psutil
+
+from llmprune.errors import LlmpruneError, ProcessLost, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +27,10 @@ B = TypeVar("B")
 TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others, which it does while the first measures and writes alone. A launcher ends them all
 as soon as one has died."""
+_DYING_SECONDS = 2.0
+"""A process whose connections are closed is gone, or will be after so long."""
+_LOST = "llmprune/lost"
+_members: list[tuple[str, int]] = []  # host and process ID of each, once they have met
 
 
 def several() -> bool:
@@ -33,6 +41,23 @@ def several() -> bool:
 def is_first() -> bool:
     """Whether this process speaks: it is the first one, or alone."""
     return not several() or os.environ.get("RANK", "0") == "0"
+
+
+def num_processes() -> int:
+    """Processes of the job, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_number() -> int:
+    """Which of them this is; the first is 0."""
+    return int(os.environ.get("RANK", "0")) if several() else 0
+
+
+def speaks(error: LlmpruneError) -> bool:
+    """Whether it is for this process to tell the user of an error: each does of its own, one a machine of a bad request."""
+    if is_first():
+        return True
+    return not error.told and (error.exit_code == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 def num_here() -> int:
@@ -59,8 +84,43 @@ def first_says(work: Callable[[], A]) -> A:
         broadcast_object_list(said)
     value, failure = said[0]
     if failure is not None:
+        failure.told = not is_first()
         raise failure
     return value  # type: ignore[return-value]
+
+
+def together(work: Callable[[], A]) -> list[A]:
+    """What ``work()`` returns in each process, in their order, for all of them; an error that ends it in one ends it in all.
+
+    Has to be called by all processes. What is returned has to be picklable.
+    """
+    if not several():
+        return [work()]
+    from torch.distributed import all_gather_object
+
+    own: tuple[A | None, LlmpruneError | None]
+    bug: Exception | None = None
+    try:
+        own = (work(), None)
+    except LlmpruneError as error:
+        own = (None, error)
+    except Exception as error:
+        bug, own = error, (None, _ended(own_number(), f"stopped ({one_line(error)})"))
+    found: list[tuple[A | None, LlmpruneError | None]] = [own] * num_processes()
+    with _peers():
+        all_gather_object(found, own)
+    if bug is not None:
+        raise bug
+    for number, (_, failure) in enumerate(found):
+        if failure is not None:
+            failure.told = number != own_number()
+            raise failure
+    return [value for value, _ in found]  # type: ignore[misc]
+
+
+def meet() -> None:
+    """Let all processes know one another, so that those left can say which one died. Has to be called by all."""
+    _members[:] = together(lambda: (socket.gethostname(), os.getpid()))
 
 
 def wait_for_all() -> None:
@@ -100,7 +160,42 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LlmpruneError(
-            f"another of the {os.environ['WORLD_SIZE']} processes stopped, and this one with it ({one_line(error)}). What was "
+        lost = _lost()
+        if lost is not None:
+            raise _ended(lost, "died") from None
+        raise ProcessLost(
+            f"another of the {num_processes()} processes stopped, and this one with it ({one_line(error)}). What was "
             "recorded is kept: go on with --resume."
         ) from None
+
+
+def _ended(number: int, how: str) -> ProcessLost:
+    return ProcessLost(
+        f"process {number} of {num_processes()} {how}, and the others with it. What was recorded is kept: go on with --resume."
+    )
+
+
+def _lost() -> int | None:
+    """The process that died first: what one that noticed has left word of, or one of this machine that is there no more."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    here, deadline = socket.gethostname(), time.monotonic() + _DYING_SECONDS
+    while time.monotonic() < deadline:
+        gone = next((number for number, (host, pid) in enumerate(_members) if host == here and not _runs(pid)), None)
+        try:
+            store = _get_default_store()
+            if gone is not None:  # those that noticed before have ended by now, too: the first word counts
+                return int(store.compare_set(_LOST, "", str(gone)))
+            if store.check([_LOST]):
+                return int(store.get(_LOST))
+        except RuntimeError:  # it is kept by the first process, or by its launcher
+            return gone
+        time.sleep(0.05)
+    return None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -59,6 +59,35 @@ def run(
     return process.exitcode, [parse_event(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def one_of(rank: int, size: int, store: str, work: Callable[[], None]) -> None:
+    """Do the work as one of several processes that share a store, with what it says in a file beside that."""
+    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in names.items()}, GLOO_SOCKET_IFNAME="lo")
+    gc.freeze()
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    with Path(f"{store}.{rank}").open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    work()
+
+
+def run_several(size: int, store: Path, work: Callable[[], None], *, seconds: float = 100) -> list[int | None]:
+    """The work in several processes; their exit codes, None for one that does not end."""
+    started = [PROCESSES.Process(target=one_of, args=(rank, size, str(store), work), daemon=True) for rank in range(size)]
+    for process in started:
+        process.start()
+    deadline = time.monotonic() + seconds
+    for process in started:
+        process.join(max(deadline - time.monotonic(), 0))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return codes
+
+
 def at(kind: type, **fields: Any) -> Moment:
     """The moment of an event of this kind with these fields."""
     return lambda event: isinstance(event, kind) and all(getattr(event, name) == value for name, value in fields.items())

@@ -10,7 +10,8 @@ Four walks, chosen by ``sequential`` and by what fits in memory:
 - dense (``none``): one forward of the dense block collects everything and its outputs go on, so that all statistics are those
   of the dense model, and may come from an earlier job: with ``statistics`` of all blocks there is no forward at all.
 
-One-pass and staged prune every site on the same inputs. With ``reconstruct`` the dense model's hidden states are carried along,
+One-pass and staged prune every site on the same inputs. Several processes walk staged, as each has some of the sequences
+(:mod:`llmprune.engines.sharding`). With ``reconstruct`` the dense model's hidden states are carried along,
 and the kept weights of each pruned block are tuned to them before its outputs go on. T tokens, I in and O out features.
 """
 
@@ -19,8 +20,9 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +34,7 @@ from llmprune.anatomy.watch import SharedInputs, Watcher
 from llmprune.devices import module_device
 from llmprune.engines.permute import permute_
 from llmprune.engines.reconstruct import reconstruct_
+from llmprune.engines.sharding import Shares
 from llmprune.errors import FactorizationError, NonFiniteError
 from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, Warned
 from llmprune.hidden import HiddenStates
@@ -82,6 +85,7 @@ class Walk:
         device: where blocks compute; blocks and hidden states are brought there and taken back.
         targets: what each site is to become by name, from an allocation; the config's own for the others.
         supports: which weights of each site stay, bool [O, I] by name; where there are any, they take the method's place.
+        shares: of several processes that walk together what this one does; None where it is alone.
         needs: the statistics that are collected, the method's own unless more is asked for.
         statistics: where those of the dense model's blocks may be found, and are put; only for a walk that meets dense blocks.
     """
@@ -92,6 +96,7 @@ class Walk:
     device: torch.device
     targets: Mapping[str, Target] = field(default_factory=dict)
     supports: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: Shares | None = None
     hidden: HiddenStates = field(init=False)
     dense: HiddenStates = field(init=False)
 
@@ -113,7 +118,7 @@ class Walk:
             return "dense"
         if self.config.sequential == "block":
             return "two-pass"
-        return "one-pass" if len(self.hidden) == 1 else "staged"
+        return "one-pass" if len(self.hidden) == 1 and self.shares is None else "staged"
 
     def carries(self, index: int) -> bool:
         """Whether ``hidden`` holds what block ``index`` takes in, once those before it are done: not where the statistics of
@@ -136,8 +141,8 @@ class Walk:
             yield BlockStarted(block=index, name=name, num_blocks=num_blocks)
             sites = select(self.stack.sites[index], self.config.skip)
             with self.stack.placed(index, self.device):
-                if self.dense:
-                    self._advance_dense(index, block)  # before anything changes: a resumed run carries them the same way
+                if self.dense:  # before anything changes: a resumed run carries them the same way
+                    self._together(partial(self._advance_dense, index, block))
                 permutations = self._permute(index, block, sites) if self.config.permute else ()
                 reports, reconstruction = yield from self._prune_block(index, block, sites)
                 order = {site.name: position for position, site in enumerate(sites)}
@@ -173,7 +178,7 @@ class Walk:
     ) -> Generator[Progress, None, tuple[list[SiteReport], Reconstruction | None]]:
         if self.kind == "dense":
             found = self.collect(index, block, {site.name: site for site in sites}, whole=True, keep=True)
-            return [self._prune(site, found.get(site.name)) for site in sites], None
+            return self._prune_all([(site, found.get(site.name)) for site in sites]), None
         repeated = self.stack.repeated.intersection(site.name for site in sites)
         if self.kind == "one-pass" and not repeated:
             return self._one_pass(index, block, sites), None
@@ -181,7 +186,7 @@ class Walk:
             reports, reconstruction = yield from self._reconstruct(index, block, sites)
         else:
             reports, reconstruction = self._prune_in_stages(index, block, sites), None
-        self.advance(index, block)
+        self._together(partial(self.advance, index, block))
         return reports, reconstruction
 
     def _permute(self, index: int, block: nn.Module, sites: Sequence[Site]) -> tuple[Permutation, ...]:
@@ -196,10 +201,13 @@ class Walk:
         def replay() -> Tensor:
             return self.recording.calls[0][index].run(block, self.hidden[0].to(module_device(block)))
 
-        return permute_(
-            block, self.stack.name(index), every, chosen, stats, replay, patterns,
-            fixed=self.stack.repeated | self._shared, generator=self._generator(f"{self.stack.name(index)} permute"),
-        )  # fmt: skip
+        def permute() -> tuple[Permutation, ...]:
+            return permute_(
+                block, self.stack.name(index), every, chosen, stats, replay, patterns,
+                fixed=self.stack.repeated | self._shared, generator=self._generator(f"{self.stack.name(index)} permute"),
+            )  # fmt: skip
+
+        return self.shares.first_changes(block, permute) if self.shares else permute()
 
     def _prune_in_stages(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
         if self.supports:
@@ -210,8 +218,20 @@ class Walk:
             collected = self.collect(index, block, pending, whole=self.kind == "two-pass")
             if not collected:
                 break
-            reports += [self._prune(pending.pop(name), stats) for name, stats in collected.items()]
-        return reports + [self._prune(site, None) for site in pending.values()]
+            reports += self._prune_all([(pending.pop(name), stats) for name, stats in collected.items()])
+        return reports + self._prune_all([(site, None) for site in pending.values()])
+
+    def _prune_all(self, work: Sequence[tuple[Site, LinearStats | None]]) -> list[SiteReport]:
+        if self.shares is None:
+            return [self._prune(site, stats) for site, stats in work]
+        return self.shares.pruned(work, self._prune)
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do what another process may fail at: then all fail."""
+        if self.shares is None:
+            work()
+        else:
+            self.shares.together(work)
 
     def _reconstruct(
         self, index: int, block: nn.Module, sites: Sequence[Site]
@@ -284,19 +304,41 @@ class Walk:
         keep: bool = False,
         needs: Need | None = None,
     ) -> dict[str, LinearStats]:
-        """Statistics of all pending sites (``whole``), or of the first group of them that shares an input.
+        """Statistics of all pending sites (``whole``), or of the first group of them that shares an input; of several processes
+        those of all together.
 
         Experts of one parameter form one group: none of their inputs depends on another's output. With ``keep`` (and
         ``whole``) the same forward gives the next block's inputs: those of the block as it is now; where ``statistics`` has
         those of this block and of all later ones, there is no forward, and the hidden states stay. ``needs`` are the
         statistics, by default those of the walk.
         """
+        needs = self.needs if needs is None else needs
+        if self.shares is not None:
+            collect = partial(self._collect, index, block, keep=keep, needs=needs)
+            return self.shares.merged(pending, collect, whole=whole, need=needs)
         kept = self.statistics if keep else None
         if kept is not None and (found := kept.read(index, module_device(block))) is not None:
             if self.carries(index + 1):
                 self.advance(index, block)
             return found
         kind = ServingStats if kept is not None else LinearStats
+        collected = self._collect(index, block, pending, whole, keep=keep, needs=needs, kind=kind)
+        if kept is not None:
+            kept.write(index, collected)
+        return collected
+
+    def _collect(
+        self,
+        index: int,
+        block: nn.Module,
+        pending: Mapping[str, Site],
+        whole: bool,
+        *,
+        keep: bool,
+        needs: Need,
+        kind: type[LinearStats] = LinearStats,
+    ) -> dict[str, LinearStats]:
+        """:meth:`collect` on the hidden states of this process."""
         collected: dict[str, LinearStats] = {}
         group: set[int] = set()  # ids of the statistics of the open group
         parameters: set[tuple[int, str]] = set()  # expert parameters of the open group
@@ -315,7 +357,7 @@ class Walk:
                     return  # a later expert of this group may still come
                 raise _GroupComplete
             if stats is None or (own is not None and own is not stats):
-                stats = own or kind(site.shape[1], self.needs if needs is None else needs, x_TI.device)
+                stats = own or kind(site.shape[1], needs, x_TI.device)
                 stats.update(x_TI)
                 shared.put(x_TI, stats)
             collected[site.name] = stats
@@ -337,8 +379,6 @@ class Walk:
                     continue
                 if keep:
                     self._keep(index, batch, output_NSH)
-        if kept is not None:
-            kept.write(index, collected)
         return collected
 
     def advance(self, index: int, block: nn.Module) -> None:

@@ -35,6 +35,7 @@ from llmprune.anatomy.blocks import Call, Recording, Stack
 from llmprune.anatomy.sites import Site, select, write_
 from llmprune.devices import module_device
 from llmprune.engines.layerwise import MIN_EXPERT_TOKENS, Statistics, Walk, relative_output_error
+from llmprune.engines.sharding import Shares
 from llmprune.events import Progress
 from llmprune.methods import Method, get_method
 from llmprune.spec import Need, Pattern, PruneConfig, Target
@@ -58,6 +59,7 @@ class Survey:
         probe: the few sequences of one batch whose divergence is measured; None unless curves are asked for.
         statistics: where statistics of the dense model may be found, and are put.
         facts: what was found, in the order of the sites; whole once ``run`` (with curves ``measure`` too) is done.
+        shares: what one of several processes does, which has some of the batches.
     """
 
     stack: Stack
@@ -68,6 +70,7 @@ class Survey:
     probe: Recording | None = None
     statistics: Statistics | None = None
     facts: list[SiteFacts] = field(default_factory=list)
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         self._streams = _Streams(self.stack, self.probe) if self.probe else None
@@ -81,7 +84,7 @@ class Survey:
             FactorizationError: names the site.
         """
         blocks = self.stack.blocks
-        walk = surveyor(self.stack, self.recording, self.config, self.device)
+        walk = surveyor(self.stack, self.recording, self.config, self.device, self.shares)
         walk.needs, walk.statistics = surveyed_need(self.needs), self.statistics
         total = len(blocks) + (len(self.probe.hidden[0]) if self.probe else 0)
         for index, block in enumerate(blocks):
@@ -132,9 +135,11 @@ def shapes_of(stack: Stack, skip: Sequence[str]) -> list[SiteFacts]:
     ]
 
 
-def surveyor(stack: Stack, recording: Recording, config: PruneConfig, device: torch.device) -> Walk:
+def surveyor(
+    stack: Stack, recording: Recording, config: PruneConfig, device: torch.device, shares: Shares | None = None
+) -> Walk:
     """A walk that prunes as the job does, or as the method does that stands in for a slow one."""
-    walk = Walk(stack, recording, config.model_copy(update={"reconstruct": False}), device)
+    walk = Walk(stack, recording, config.model_copy(update={"reconstruct": False}), device, shares=shares)
     walk.method = surveyed_by(config)
     return walk
 

@@ -118,7 +118,7 @@ def test_one_that_dies_ends_the_others(lost: int, job: dict[str, Any], alone: by
     works[lost] = _stop_in_the_search  # type: ignore[call-overload]
     codes = run(argv, tmp_path / "first", works)
     assert codes[lost] == 9 and codes[1 - lost] == 1
-    assert "another of the 2 processes stopped" in (tmp_path / f"first.{1 - lost}").read_text()
+    assert f"process {lost} of 2 died" in (tmp_path / f"first.{1 - lost}").read_text()
     work = Journal(tmp_path / "out.work")
     assert work.has("dense") and work.latest("structure") and not (tmp_path / "out").exists()
     assert run(argv, tmp_path / "second") == [0, 0]
@@ -150,11 +150,11 @@ def test_all_have_the_seconds_that_the_first_measured(job: dict[str, Any], tmp_p
     assert set(manifest[1].structure.group_seconds) == {"kv group", "channel"}
 
 
-def test_zeros_are_the_work_of_one_process(
+def test_blocks_are_the_work_of_one_process(
     job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is nothing to share out, several processes are refused before any work."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    outcome = cli("prune", job["model"], "--out", tmp_path / "out", "--pattern", "2:4")
-    assert outcome.code == 2 and "pattern structured only" in outcome.err and "2:4" in outcome.err
+    outcome = cli("prune", job["model"], "--out", tmp_path / "out", "--pattern", "blocks")
+    assert outcome.code == 2 and "pattern blocks is the work of one process" in outcome.err
     assert not (tmp_path / "out").exists()

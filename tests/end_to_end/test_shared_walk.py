@@ -1,0 +1,72 @@
+"""One walk of several processes: each has some of the sequences and some of the sites, and the result is that of one."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import forked
+import llmprune
+import tiny
+from llmprune.io.checkpoint import read_manifest
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
+)
+Jobs = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: Path) -> Jobs:
+    """Jobs of every way to collect and to solve."""
+    models = tmp_path_factory.mktemp("models")
+    llama = tiny.save(tiny.make_model(), models / "llama")
+    mixtral = tiny.save(tiny.make_model("mixtral"), models / "mixtral")
+    quick = {"calibration": str(text_file), "eval": str(eval_file), **tiny.QUICK, "num_samples": 10, "device": "cpu"}
+    return {
+        "wanda": {"model": str(llama), "method": "wanda", "allocation": "owl", "sequential": "group", **quick},
+        "sparsegpt": {"model": str(llama), "method": "sparsegpt", "batch_size": 2, **quick, "eval": ()},
+        "2:4": {"model": str(llama), "method": "dsnot", "pattern": "2:4", "permute": True, **quick, "eval": ()},
+        "experts": {"model": str(mixtral), "method": "sparsegpt", "sequential": "group", **quick, "eval": ()},
+    }
+
+
+def prune_all(jobs: Jobs, folder: Path) -> None:
+    """Each job, to a directory of its name."""
+    for name, job in jobs.items():
+        llmprune.prune(**job, out=folder / name)
+
+
+@pytest.fixture(scope="module")
+def alone(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes."""
+    folder = tmp_path_factory.mktemp("alone")
+    prune_all(jobs, folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_prune_as_one_does(size: int, jobs: Jobs, alone: Path, tmp_path: Path) -> None:
+    """The same supports and, to rounding, the same weights; the report counts the tokens of all."""
+    out = tmp_path / "several"
+    assert forked.run_several(size, tmp_path / "store", partial(prune_all, jobs, out)) == [0] * size, (
+        tmp_path / "store.0"
+    ).read_text()
+    for name in jobs:
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, alone))
+        assert ours.keys() == theirs.keys()
+        for key, weight in ours.items():
+            assert torch.equal(weight == 0, theirs[key] == 0), (name, key)
+            assert (weight - theirs[key]).norm() <= 1e-4 * theirs[key].norm(), (name, key)
+        (_, report), (_, before) = (read_manifest(folder / name) or pytest.fail() for folder in (out, alone))
+        assert report.walk == ("staged" if jobs[name].get("sequential") else "two-pass")
+        counts = [[site.num_tokens for block in one.blocks for site in block.sites] for one in (report, before)]
+        assert counts[0] == counts[1] and counts[0]
+        for mine, its in zip(report.quality, before.quality, strict=True):
+            assert mine.perplexity_pruned == pytest.approx(its.perplexity_pruned, rel=1e-4)
+    assert sorted(file.name for file in out.iterdir()) == sorted(jobs)
