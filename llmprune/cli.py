@@ -13,7 +13,7 @@ from contextlib import suppress
 from copy import copy
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -86,8 +86,9 @@ from llmprune.cli_recover import recover
 from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
+from llmprune.launching import check_count, launch, wanted
 from llmprune.methods import METHODS, REFINED, STRUCTURAL
-from llmprune.processes import is_first, several, speaks
+from llmprune.processes import exit_code, is_first, several, speaks
 from llmprune.spec import BUNDLED_MODEL, Pattern, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
 
@@ -153,6 +154,9 @@ def prune(
     seed: Seed = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = None,
+    num_gpus: Annotated[
+        int | None, typer.Option("--num-gpus", min=1, help="Share the job among this many GPUs; with --device cpu, processes.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out, if any.")] = False,
     events: EventsFile = None,
     as_json: Json = False,
@@ -160,11 +164,14 @@ def prune(
     """Prune MODEL, measure what it cost, and write checkpoint and report to --out."""
     fields = config_fields(locals())
     check_streams(events, as_json)
+    if wanted(num_gpus):
+        _share(num_gpus)
     first = is_first()  # of several processes one speaks
     with event_sink(events if first else None) as sink:
         if out is None:
             raise ConfigError("--out DIR is missing: where should the checkpoint go?")
         config = PruneConfig.build(None, **fields)
+        check_count(num_gpus)
         if several() and Pattern.parse(config.pattern).structure in ("blocks", "experts"):
             raise ConfigError(
                 f"pattern {config.pattern} is the work of one process: several share zeros and pattern structured. Start one, "
@@ -189,6 +196,16 @@ def prune(
         )
     if last.report.verdict.status == "broken":
         error_console.print(last.report.verdict.text, style="bold red", markup=False)
+
+
+def _share(num_gpus: int | None) -> NoReturn:
+    """Do this very command in several processes."""
+    assert num_gpus
+    code, message = launch(sys.argv[1:], num_gpus)
+    if message:
+        error_console.show_cursor()  # the one that hid it may be gone
+        error_console.print(f"Error: {message}", style="red", markup=False)
+    raise typer.Exit(code)
 
 
 @app.command(epilog="Example: llmprune evaluate pruned --against demo --eval stdlib")
@@ -355,7 +372,7 @@ def main() -> None:
     except LlmpruneError as error:
         if speaks(error):
             error_console.print(f"Error: {printable(message_of(error))}", style="red", markup=False)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code(error))
 
 
 def with_plugins() -> typer.Typer:

@@ -27,7 +27,7 @@ from torch import nn
 
 from llmprune._version import __version__
 from llmprune.errors import ConfigError, OutOfMemory, one_line
-from llmprune.processes import TIMEOUT, meet, num_here
+from llmprune.processes import TIMEOUT, launched, meet, num_here
 from llmprune.report import Environment
 
 _CGROUP_FILES = (
@@ -63,6 +63,10 @@ def own_device(name: str) -> torch.device:
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     device = pick_device("cpu" if name == "auto" and on_cpu else name)
+    if name == "auto" and device.type == "cpu" and launched():
+        raise ConfigError(
+            f"--num-gpus {num_here()} needs as many GPUs, and this machine has none. Use --device cpu, or start one."
+        )
     if device.index is not None:
         raise ConfigError(f"several processes take a device each, got device {name!r}. Use --device {device.type}.")
     here = num_here()

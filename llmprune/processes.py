@@ -27,6 +27,10 @@ B = TypeVar("B")
 TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others, which it does while the first measures and writes alone. A launcher ends them all
 as soon as one has died."""
+LAUNCHED = "LLMPRUNE_NUM_GPUS"
+"""Set in processes that ``--num-gpus`` started: their launcher knows which one died, and says it."""
+LOST_EXIT_CODE = 79
+"""Of those of them that end because another one did."""
 _DYING_SECONDS = 2.0
 """A process whose connections are closed is gone, or will be after so long."""
 _LOST = "llmprune/lost"
@@ -53,8 +57,20 @@ def own_number() -> int:
     return int(os.environ.get("RANK", "0")) if several() else 0
 
 
+def launched() -> bool:
+    """Whether ``--num-gpus`` started this process."""
+    return several() and LAUNCHED in os.environ
+
+
+def exit_code(error: LlmpruneError) -> int:
+    """What the command returns for an error."""
+    return LOST_EXIT_CODE if launched() and isinstance(error, ProcessLost) else error.exit_code
+
+
 def speaks(error: LlmpruneError) -> bool:
     """Whether it is for this process to tell the user of an error: each does of its own, one a machine of a bad request."""
+    if launched() and isinstance(error, ProcessLost):
+        return False
     if is_first():
         return True
     return not error.told and (error.exit_code == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
@@ -105,7 +121,8 @@ def together(work: Callable[[], A]) -> list[A]:
     except LlmpruneError as error:
         own = (None, error)
     except Exception as error:
-        bug, own = error, (None, _ended(own_number(), f"stopped ({one_line(error)})"))
+        said = what_ended(own_number(), num_processes(), f"stopped ({one_line(error)})")
+        bug, own = error, (None, LlmpruneError(said))
     found: list[tuple[A | None, LlmpruneError | None]] = [own] * num_processes()
     with _peers():
         all_gather_object(found, own)
@@ -116,6 +133,11 @@ def together(work: Callable[[], A]) -> list[A]:
             failure.told = number != own_number()
             raise failure
     return [value for value, _ in found]  # type: ignore[misc]
+
+
+def what_ended(number: int, count: int, how: str) -> str:
+    """What is told of a process that ended before its work."""
+    return f"process {number} of {count} {how}, and the others with it. What was recorded is kept: go on with --resume."
 
 
 def meet() -> None:
@@ -162,17 +184,11 @@ def _peers() -> Iterator[None]:
     except RuntimeError as error:
         lost = _lost()
         if lost is not None:
-            raise _ended(lost, "died") from None
+            raise ProcessLost(what_ended(lost, num_processes(), "died")) from None
         raise ProcessLost(
             f"another of the {num_processes()} processes stopped, and this one with it ({one_line(error)}). What was "
             "recorded is kept: go on with --resume."
         ) from None
-
-
-def _ended(number: int, how: str) -> ProcessLost:
-    return ProcessLost(
-        f"process {number} of {num_processes()} {how}, and the others with it. What was recorded is kept: go on with --resume."
-    )
 
 
 def _lost() -> int | None:

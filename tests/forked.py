@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llmprune.events import Event, parse_event
@@ -59,7 +60,7 @@ def run(
     return process.exitcode, [parse_event(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def one_of(rank: int, size: int, store: str, work: Callable[[], None]) -> None:
+def one_of(rank: int, size: int, store: str, work: Callable[[], None], before: Callable[[], None] | None) -> None:
     """Do the work as one of several processes that share a store, with what it says in a file beside that."""
     names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in names.items()}, GLOO_SOCKET_IFNAME="lo")
@@ -71,12 +72,24 @@ def one_of(rank: int, size: int, store: str, work: Callable[[], None]) -> None:
     with Path(f"{store}.{rank}").open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    if before:
+        before()
     work()
 
 
-def run_several(size: int, store: Path, work: Callable[[], None], *, seconds: float = 100) -> list[int | None]:
-    """The work in several processes; their exit codes, None for one that does not end."""
-    started = [PROCESSES.Process(target=one_of, args=(rank, size, str(store), work), daemon=True) for rank in range(size)]
+def run_several(
+    size: int,
+    store: Path,
+    work: Callable[[], None],
+    *,
+    before: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+    seconds: float = 100,
+) -> list[int | None]:
+    """The work in several processes, some of which do something ``before``; their exit codes, None for one without an end."""
+    started = [
+        PROCESSES.Process(target=one_of, args=(rank, size, str(store), work, before.get(rank)), daemon=True)
+        for rank in range(size)
+    ]
     for process in started:
         process.start()
     deadline = time.monotonic() + seconds

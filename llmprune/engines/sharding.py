@@ -122,7 +122,7 @@ class Shares:
 
         Each process sums a part of it and gives that to the others, which moves as much as a ring does.
         """
-        from torch.distributed import all_gather_into_tensor, all_to_all_single
+        from torch.distributed import all_gather, all_to_all_single
 
         flat = tensor.reshape(-1)
         for piece in flat.split(_PIECE):
@@ -131,7 +131,7 @@ class Shares:
             parts = torch.empty_like(padded)
             all_to_all_single(parts, padded)
             own = parts.view(self.size, -1).sum(0, dtype=torch.float64).to(tensor.dtype)
-            all_gather_into_tensor(padded, own)
+            all_gather(list(padded.view(self.size, -1)), own)
             piece.copy_(padded[: len(piece)])
         if flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat.view_as(tensor))

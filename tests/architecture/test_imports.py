@@ -15,7 +15,8 @@ LIBRARY = ROOT / "llmprune"
 RANKS = {
     "_version": 0, "efforts": 0, "errors": 0, "registration": 0, "patterns": 1, "speed": 1, "spec": 2,
     "pruning": 2, "structure": 2, "recovery_spec": 3, "report": 4, "events": 5,
-    "processes": 1, "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "stats": 5, "devices": 5, "solvers": 5, "hidden": 5,
+    "processes": 1, "launching": 2,
+    "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "stats": 5, "devices": 5, "solvers": 5, "hidden": 5,
     "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "structured": 7,
     "engines": 8, "measure": 9, "io": 9,
     "speed_tables": 10, "console": 11, "tables": 12,
@@ -29,7 +30,7 @@ TORCH_FREE = (
     "_version", "efforts", "errors", "registration", "patterns", "spec", "speed", "pruning", "structure", "recovery_spec",
     "report", "events", "terminal", "speed_tables", "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options",
     "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",
-    "io/structure_text", "processes",
+    "io/structure_text", "processes", "launching",
 )  # fmt: skip
 
 
