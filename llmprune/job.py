@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +97,7 @@ class Job:
     source: Source | None = None
     streamed: StreamedBlocks | None = None
     journal: Journal | None = None
+    own: Journal | None = None
     warnings: list[str] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
@@ -125,7 +127,7 @@ class Job:
                 if not self.first and self.shares is None:
                     yield from self._follow()
                     return
-                yield from self._by_first(self._measure_dense())
+                yield from self._measure_dense()
                 if Pattern.parse(self.config.pattern).structure:
                     yield from self._structure()
                 else:
@@ -134,7 +136,7 @@ class Job:
                     yield from self._by_first(self._refine())
                     self._same_weights()
                     yield from self._reconstruct()
-                yield from self._by_first(self._measure_pruned())
+                yield from self._measure_pruned()
                 yield from self._by_first(self._benchmark())
                 yield from self._by_first(self._save())
                 yield self._finished(self.report)
@@ -216,7 +218,10 @@ class Job:
             self.device = pick_device(config.device)
         self.in_memory = self.model is not None
         self.calibration_source = config.calibration_source(in_memory=self.in_memory)
-        self.eval_sources = config.eval_sources(in_memory=self.in_memory) if self.first else ()
+        self.eval_sources = config.eval_sources(in_memory=self.in_memory) if self.first or self.shares else ()
+        self._agreed(self._check_sources)
+
+    def _check_sources(self) -> None:
         check_source(self.calibration_source)
         for source in self.eval_sources:
             check_source(source, evaluation=True)
@@ -272,8 +277,8 @@ class Job:
         yield Progress(stage="calibration", done=1, total=1 + len(self.eval_sources), detail=self.calibration_source)
         self.texts: list[TokenSet] = []
         for source in self.eval_sources:
-            limit = self.config.max_eval_tokens
-            self.texts.append(load_evaluation(source, self.tokenizer, seq_len=self.seq_len, max_tokens=limit))
+            load = partial(self._load_evaluation, source)
+            self.texts.append(first_says(load) if self.shares else load())
             done = 1 + len(self.texts)
             yield Progress(stage="calibration", done=done, total=1 + len(self.eval_sources), detail=source)
         if self.calibration_source in self.eval_sources and Path(self.calibration_source).exists():
@@ -290,6 +295,10 @@ class Job:
                 self.calibration_source, self.tokenizer, num_samples=self.config.num_samples, seq_len=self.seq_len,
                 seed=self.config.seed, model=self.model,
             )  # fmt: skip
+
+    def _load_evaluation(self, source: str) -> TokenSet:
+        assert self.tokenizer is not None
+        return load_evaluation(source, self.tokenizer, seq_len=self.seq_len, max_tokens=self.config.max_eval_tokens)
 
     def _open_journal(self) -> int:
         """Only jobs that can be started again from a name keep a journal. Returns the batch size of the run."""
@@ -317,9 +326,11 @@ class Job:
     def _measure_dense(self) -> Iterator[Event]:
         clock = self._clock("dense")
         scoring = self._scoring()
-        if self.journal and self.journal.has(_DENSE):
+        if self.shares:
+            directory = first_says(lambda: self.journal.directory if self.journal else None)
+            self.own = own_place(directory, self.shares)
+        if data := self._recorded_dense():
             yield clock.started(scoring.num_windows, resumed_at=scoring.num_windows)
-            data = self.journal.read(_DENSE, [_HIDDEN])
             self.dense = Scores(
                 tuple(Quality.model_validate(item) for item in data["quality"]),
                 tuple(Speed.model_validate(item) for item in data["speed"]),
@@ -328,6 +339,10 @@ class Job:
             return
         yield clock.started(scoring.num_windows)
         self.dense = yield from self._noted(scoring.run("dense"))
+        if self.own:
+            self.own.write(_DENSE, {}, {_HIDDEN: dict(self.dense.hidden)})
+        if self.shares:
+            wait_for_all()  # the record says that all have theirs
         if self.journal:
             self.journal.write(
                 _DENSE,
@@ -338,8 +353,19 @@ class Job:
                 },
                 {_HIDDEN: dict(self.dense.hidden)},
             )
+        if self.journal or self.own:
             self.dense = replace(self.dense, hidden={})  # read again, from the disk, when they are wanted
         yield clock.finished()
+
+    def _recorded_dense(self) -> dict[str, Any] | None:
+        """What an earlier run recorded of the dense model; of several processes where each finds its hidden states."""
+        place = self.journal or self.own
+
+        def found() -> dict[str, Any] | None:
+            return place.read(_DENSE, [_HIDDEN]) if place and place.has(_DENSE) else None
+
+        recorded = self.shares.together(found) if self.shares else [found()]
+        return recorded[0] if all(recorded) else None
 
     def _allocate(self) -> Iterator[Event]:
         """Share the zeros among the sites, after a survey of the dense model where the allocation needs one."""
@@ -380,7 +406,6 @@ class Job:
         clock = self._clock("prune")
         yield clock.started(len(self.stack.blocks), resumed_at=self.journal.num_blocks() if self.journal else 0)
         assert self.model is not None
-        own = own_place(self._agreed(lambda: self.journal.directory if self.journal else None), self.shares)
         config = self.config
         if config.refine != "none":  # the mask comes first: kept weights are tuned when it is final
             config = config.model_copy(update={"reconstruct": False})
@@ -393,7 +418,7 @@ class Job:
         walk = Walk(self.stack, recording, config, self.device, targets, shares=self.shares)
         walk.statistics = statistics
         self.walk_kind = walk.kind
-        journaled = JournaledWalk(self.model, walk, self.journal, own=own)
+        journaled = JournaledWalk(self.model, walk, self.journal, own=self.own)
         self.blocks = journaled.restore()
         before = sum(block.seconds for block in self.blocks)
         self.warnings += [message for block in self.blocks for message in block_messages(block)]
@@ -525,7 +550,8 @@ class Job:
         clock = self._clock("pruned")
         scoring = self._scoring()
         yield clock.started(scoring.num_windows)
-        dense = replace(self.dense, hidden=self.journal.tensors(_DENSE, _HIDDEN)) if self.journal else self.dense
+        place = self.journal or self.own
+        dense = replace(self.dense, hidden=place.tensors(_DENSE, _HIDDEN)) if place else self.dense
         self.pruned = yield from self._noted(scoring.run("pruned", dense))
         yield clock.finished()
 
@@ -597,9 +623,9 @@ class Job:
 
     def _scoring(self) -> Scoring:
         assert self.model is not None
-        prompt_1S = self.calibration.ids_NS[:1] if self.config.latency else None
+        prompt_1S = self.calibration.ids_NS[:1] if self.config.latency and self.first else None
         folder = self.journal.directory if self.journal else None
-        return Scoring(self.model, self.stack, self.texts, self.device, prompt_1S, self.config.offload, folder)
+        return Scoring(self.model, self.stack, self.texts, self.device, prompt_1S, self.config.offload, folder, self.shares)
 
     def _report(self, checkpoint_bytes: int | None) -> Report:
         assert self.model is not None
@@ -634,7 +660,9 @@ class Job:
     def _place(self) -> Place:
         """Where the weights wait; a run that is resumed goes on with those that it had."""
         assert self.source is not None
-        reason = "where several processes share a job" if self.shared else not_streamed(self.config, self.out)
+        reason = (
+            "where several processes share a job. Use --offload cpu" if self.shared else not_streamed(self.config, self.out)
+        )
         if self.config.offload == "disk" and reason:
             raise ConfigError(f"weights cannot stay on disk {reason}.")
         recorded = self._journal_of(self.out) if self.out and self.resume else None

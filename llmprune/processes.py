@@ -96,7 +96,7 @@ def first_says(work: Callable[[], A]) -> A:
             said = [(work(), None)]
         except LlmpruneError as error:
             said = [(None, error)]
-    with _peers():
+    with peers():
         broadcast_object_list(said)
     value, failure = said[0]
     if failure is not None:
@@ -124,7 +124,7 @@ def together(work: Callable[[], A]) -> list[A]:
         said = what_ended(own_number(), num_processes(), f"stopped ({one_line(error)})")
         bug, own = error, (None, LlmpruneError(said))
     found: list[tuple[A | None, LlmpruneError | None]] = [own] * num_processes()
-    with _peers():
+    with peers():
         all_gather_object(found, own)
     if bug is not None:
         raise bug
@@ -150,7 +150,7 @@ def wait_for_all() -> None:
     if several():
         from accelerate import PartialState
 
-        with _peers():
+        with peers():
             PartialState().wait_for_everyone()
 
 
@@ -170,14 +170,14 @@ def spread(items: Sequence[A], work: Callable[[Sequence[A]], list[B]], device: t
     rank, size = state.process_index, state.num_processes
     own = items[rank::size]
     done = list(zip(range(rank, len(items), size), work(own) if own else [], strict=True))
-    with _peers():
+    with peers():
         pairs = gather_object([done])
     found = dict(pair for part in pairs for pair in part)
     return [found[number] for number in range(len(items))]
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
     """An error while processes talk is another one's end."""
     try:
         yield

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack
+from llmprune.engines.sharding import Shares
 from llmprune.events import Event, Progress, Stage, Warned
 from llmprune.hidden import HiddenStates
 from llmprune.io.text import TokenSet
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.latency import measure_speed
-from llmprune.measure.quality import Forward, Keep, against, as_events, replay_head, score_text
+from llmprune.measure.quality import Forward, Keep, against, as_events, mean_of, replay_head, score_text
 from llmprune.measure.quality import Scores as TextScores
 from llmprune.measure.streamed import NO_SPEED, is_streamed, score_streamed
 from llmprune.report import Quality, Speed
@@ -48,6 +49,7 @@ class Scoring:
         prompt_1S: what speed is measured with; None measures none.
         offload: where hidden states wait between blocks when the model is scored block by block.
         folder: the directory of their files.
+        shares: of several processes what this one does: some of the windows. None where it is alone.
     """
 
     model: PreTrainedModel
@@ -57,11 +59,12 @@ class Scoring:
     prompt_1S: Tensor | None
     offload: Offload = "auto"
     folder: Path | None = None
+    shares: Shares | None = None
 
     @property
     def num_windows(self) -> int:
-        """Steps of a stage."""
-        return sum(len(text.ids_NS) for text in self.texts)
+        """Steps of a stage: the windows that are this process's own."""
+        return sum(len(self._windows(text)) for text in self.texts)
 
     def run(self, stage: Stage, dense: Scores | None = None) -> Generator[Event, None, Scores]:
         """Measure the model as it is; against the dense one where its scores are given. Progress of the stage."""
@@ -74,9 +77,11 @@ class Scoring:
             for number, text in enumerate(self.texts):
                 keep = None if dense else HiddenStates((), "disk" if self.offload == "disk" else "device", self.folder)
                 reference = self._reference(dense.hidden, number) if dense else None
-                scoring = self._score(text.ids_NS, reference, keep, streamed=streamed)
-                scores = yield from as_events(scoring, stage, text.report.source, offset=offset, total=self.num_windows)
-                offset += len(text.ids_NS)
+                ids_NS = self._windows(text)
+                scoring = self._score(ids_NS, reference, keep, streamed=streamed)
+                steps = as_events(scoring, stage, text.report.source, offset=offset, total=self.num_windows)
+                scores = yield from (self._of_all(steps, len(ids_NS)) if self.shares else steps)
+                offset += len(ids_NS)
                 hidden |= {_key(number, batch): tensor for batch, tensor in enumerate(keep or ())}
                 if dense:
                     quality.append(against(dense.quality[number], scores))
@@ -98,6 +103,27 @@ class Scoring:
         return score_streamed(
             self.model, self.stack, ids_NS, self.device, dense=reference, keep=keep, offload=self.offload, folder=self.folder
         )
+
+    def _windows(self, text: TokenSet) -> Tensor:
+        """The windows of a text that this process scores."""
+        return self.shares.part(text.ids_NS) if self.shares else text.ids_NS
+
+    def _of_all(self, steps: Generator[Event, None, TextScores], num_windows: int) -> Generator[Event, None, TextScores]:
+        """The scores of a whole text from those of every process's windows, which have the same number of tokens each."""
+        assert self.shares is not None
+        own: TextScores | None = None
+        failure: Exception | None = None
+        try:
+            own = (yield from steps) if num_windows else None
+        except Exception as error:  # all of them have to hear of it
+            failure = error
+
+        def said() -> tuple[int, TextScores | None]:
+            if failure is not None:
+                raise failure
+            return num_windows, own
+
+        return mean_of([(count, scores) for count, scores in self.shares.together(said) if scores is not None])
 
     def _reference(self, hidden: Mapping[str, Tensor], number: int) -> Forward:
         """The dense model's logits on text ``number``, from its final hidden states."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llmprune.anatomy.sites import Site
 from llmprune.devices import memory_errors
 from llmprune.errors import ConfigError
-from llmprune.processes import first_says, num_processes, own_number, together
+from llmprune.processes import first_says, num_processes, own_number, peers, together
 from llmprune.report import SiteReport
 from llmprune.spec import Need
 from llmprune.stats import LinearStats
@@ -61,6 +61,10 @@ class Shares:
                 f"{self.size} processes need a calibration sequence each, got {len(ids_NS)}. Use more --num-samples, or start "
                 "fewer processes."
             )
+        return self.part(ids_NS)
+
+    def part(self, ids_NS: Tensor) -> Tensor:
+        """This process's part of some sequences, which may be none of them."""
         return ids_NS.tensor_split(self.size)[self.rank]
 
     def together(self, work: Callable[[], A]) -> list[A]:
@@ -129,9 +133,10 @@ class Shares:
             padded = piece.new_zeros(-(-len(piece) // self.size) * self.size, device=self.device)
             padded[: len(piece)] = piece
             parts = torch.empty_like(padded)
-            all_to_all_single(parts, padded)
-            own = parts.view(self.size, -1).sum(0, dtype=torch.float64).to(tensor.dtype)
-            all_gather(list(padded.view(self.size, -1)), own)
+            with peers():
+                all_to_all_single(parts, padded)
+                own = parts.view(self.size, -1).sum(0, dtype=torch.float64).to(tensor.dtype)
+                all_gather(list(padded.view(self.size, -1)), own)
             piece.copy_(padded[: len(piece)])
         if flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat.view_as(tensor))
@@ -166,7 +171,8 @@ class Shares:
         from torch.distributed import broadcast
 
         moved = tensor.to(self.device).contiguous()
-        broadcast(moved.view(torch.uint8) if moved.dim() else moved[None].view(torch.uint8), source)
+        with peers():
+            broadcast((moved if moved.dim() else moved[None]).view(torch.uint8), source)
         if moved.data_ptr() != tensor.data_ptr() and self.rank != source:
             tensor.copy_(moved)
 

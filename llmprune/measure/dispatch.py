@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.devices import free_bytes, module_device, placed
+from llmprune.processes import num_here
 
 WORKING_SHARE = 0.8
 """Share of the free memory that weights may take; the rest is for activations."""
@@ -49,7 +50,10 @@ def dispatched(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
         with placed(model, device):
             yield
         return
-    device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
+    own: dict[int | str, int | str] | None = None
+    if num_here() > 1:  # the other devices are other processes'
+        own = {device.index or 0: int(WORKING_SHARE * free_bytes(device)), "cpu": free_bytes(torch.device("cpu"))}
+    device_map = infer_auto_device_map(model, own, no_split_module_classes=list(model._no_split_modules or []))
     with spread(model, device_map):
         yield
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +130,23 @@ class Sums:
             top1_agreement=None if divergence is None else self.agreement / self.num_scored,
             seconds=seconds,
         )
+
+
+def mean_of(parts: Sequence[tuple[int, Scores]]) -> Scores:
+    """The scores of a text from those of its parts, each with its number of windows; the seconds are the longest part's."""
+    total = sum(count for count, _ in parts)
+
+    def mean(value: Callable[[Scores], float | None]) -> float | None:
+        values = [(count, value(scores)) for count, scores in parts]
+        return None if any(one is None for _, one in values) else sum(count * one for count, one in values if one) / total
+
+    mean_loss = sum(count * math.log(scores.perplexity) for count, scores in parts) / total
+    return Scores(
+        perplexity=math.exp(mean_loss) if mean_loss < 700 else math.inf,
+        kl=mean(lambda scores: scores.kl),
+        top1_agreement=mean(lambda scores: scores.top1_agreement),
+        seconds=max(scores.seconds for _, scores in parts),
+    )
 
 
 def as_events(

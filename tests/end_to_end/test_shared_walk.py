@@ -68,5 +68,8 @@ def test_several_processes_prune_as_one_does(size: int, jobs: Jobs, alone: Path,
         counts = [[site.num_tokens for block in one.blocks for site in block.sites] for one in (report, before)]
         assert counts[0] == counts[1] and counts[0]
         for mine, its in zip(report.quality, before.quality, strict=True):
+            assert mine.perplexity_dense == pytest.approx(its.perplexity_dense, rel=1e-5)
             assert mine.perplexity_pruned == pytest.approx(its.perplexity_pruned, rel=1e-4)
+            assert mine.kl == pytest.approx(its.kl, rel=1e-3) and mine.kl
+            assert mine.top1_agreement == pytest.approx(its.top1_agreement, abs=0.01)
     assert sorted(file.name for file in out.iterdir()) == sorted(jobs)
