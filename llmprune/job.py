@@ -160,7 +160,7 @@ class Job:
             self.device = own_device(config.device)
         self.shares = Shares.of(self.device) if self.shared and structure is None else None
         if self.shares and config.reconstruct:
-            raise ConfigError("reconstruct is the work of one process. Start one, or several without --reconstruct.")
+            raise ConfigError("reconstruct is the work of one process. Start one, or several with --no-reconstruct.")
         if not self.first:
             self.out = None
 

@@ -83,7 +83,7 @@ def run_several(
     work: Callable[[], None],
     *,
     before: Mapping[int, Callable[[], None]] = MappingProxyType({}),
-    seconds: float = 100,
+    seconds: float = 300,
 ) -> list[int | None]:
     """The work in several processes, some of which do something ``before``; their exit codes, None for one without an end."""
     started = [

@@ -75,7 +75,7 @@ def test_a_process_killed_in_the_walk_is_named(
             time.sleep(0 if line.endswith("\n") else 0.002)
     second = next(child for child in psutil.Process(launcher.pid).children() if child.environ()["RANK"] == "1")
     second.kill()
-    _, said = launcher.communicate(timeout=60)
+    _, said = launcher.communicate(timeout=200)
     assert launcher.returncode == 1
     last = said.strip().splitlines()[-1]
     assert last == (

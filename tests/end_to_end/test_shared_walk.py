@@ -32,6 +32,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
         "wanda": {"model": str(llama), "method": "wanda", "allocation": "owl", "sequential": "group", **quick},
         "sparsegpt": {"model": str(llama), "method": "sparsegpt", "batch_size": 2, **quick, "eval": ()},
         "2:4": {"model": str(llama), "method": "dsnot", "pattern": "2:4", "permute": True, **quick, "eval": ()},
+        "refined": {"model": str(llama), "method": "icbs", "icbs_passes": 2, **quick, "eval": ()},
         "experts": {"model": str(mixtral), "method": "sparsegpt", "sequential": "group", **quick, "eval": ()},
     }
 
@@ -64,7 +65,8 @@ def test_several_processes_prune_as_one_does(size: int, jobs: Jobs, alone: Path,
             assert torch.equal(weight == 0, theirs[key] == 0), (name, key)
             assert (weight - theirs[key]).norm() <= 1e-4 * theirs[key].norm(), (name, key)
         (_, report), (_, before) = (read_manifest(folder / name) or pytest.fail() for folder in (out, alone))
-        assert report.walk == ("staged" if jobs[name].get("sequential") else "two-pass")
+        assert report.walk == before.walk.replace("one-pass", "staged")
+        assert (report.refinement is None) == (name != "refined")
         counts = [[site.num_tokens for block in one.blocks for site in block.sites] for one in (report, before)]
         assert counts[0] == counts[1] and counts[0]
         for mine, its in zip(report.quality, before.quality, strict=True):
