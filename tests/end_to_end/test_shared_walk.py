@@ -32,6 +32,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
         "wanda": {"model": str(llama), "method": "wanda", "allocation": "owl", "sequential": "group", **quick},
         "sparsegpt": {"model": str(llama), "method": "sparsegpt", "batch_size": 2, **quick, "eval": ()},
         "2:4": {"model": str(llama), "method": "dsnot", "pattern": "2:4", "permute": True, **quick, "eval": ()},
+        "dense": {"model": str(llama), "method": "ria", "sequential": "none", **quick, "eval": ()},
         "refined": {"model": str(llama), "method": "icbs", "icbs_passes": 2, **quick, "eval": ()},
         "experts": {"model": str(mixtral), "method": "sparsegpt", "sequential": "group", **quick, "eval": ()},
     }
