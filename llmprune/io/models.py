@@ -29,6 +29,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -223,6 +224,23 @@ def load_config(path: Path, config: PruneConfig, *, quantized: bool = False) -> 
     return loaded
 
 
+class _MatricesOnMeta(TorchFunctionMode):
+    """torch.empty makes matrices on ``meta``: memory that nothing touches takes addresses all the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and len(args[0] if args and not isinstance(args[0], int) else args) > 1:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Modules that are made in here have their parameters on ``meta``, and buffers as they are."""
+    with init_empty_weights(include_buffers=False), _MatricesOnMeta():
+        yield
+
+
 def build_empty(transformers_config: Any, config: PruneConfig) -> PreTrainedModel:
     """The model of a config with weights on ``meta``: only names and shapes.
 
@@ -230,7 +248,7 @@ def build_empty(transformers_config: Any, config: PruneConfig) -> PreTrainedMode
         CorruptCheckpoint: the config lists shapes that do not fit the class.
     """
     with shape_errors(transformers_config, config.model):
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             model = AutoModelForCausalLM.from_config(transformers_config, trust_remote_code=config.trust_remote_code)
         if is_free(model.config) and not hasattr(model, "stock_class"):  # whose own code has done so
             reshape_(model, getattr(model.config, FIELD))

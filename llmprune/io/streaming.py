@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,7 +32,7 @@ from transformers.utils import logging
 
 from llmprune.anatomy.blocks import Stack, find_stack
 from llmprune.errors import CorruptCheckpoint, NonFiniteError, UnsupportedModel
-from llmprune.io.models import Source, load_config
+from llmprune.io.models import Source, empty_weights, load_config
 from llmprune.io.shards import Shards
 from llmprune.spec import Pattern, PruneConfig
 
@@ -214,7 +213,7 @@ def load_streamed(source: Source, config: PruneConfig) -> tuple[PreTrainedModel,
     shards = Shards(source.name, _files(source))
     transformers_config = load_config(source.path, config)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else transformers_config.dtype or shards.dtype
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             transformers_config, dtype=dtype, trust_remote_code=config.trust_remote_code
         )
