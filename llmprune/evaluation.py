@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack, find_stack, probe
-from llmprune.devices import device_name, environment, module_device, pick_device
+from llmprune.devices import device_name, environment, free_bytes, module_device, pick_device
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import Evaluated, Event, StageFinished, StageStarted, Warned
 from llmprune.hidden import HiddenStates
 from llmprune.io.models import load_model, load_tokenizer, resolve
+from llmprune.io.streaming import load_streamed
 from llmprune.io.text import TokenSet, check_source, load_evaluation
 from llmprune.measure.dispatch import dispatched, fits
 from llmprune.measure.latency import DENSE_NOTE, measure_speed
 from llmprune.measure.quality import Forward, Scores, as_events, forward_of, replay_head, score_text
 from llmprune.measure.quality import against as against_dense
 from llmprune.measure.streamed import NO_SPEED, score_streamed
+from llmprune.memory import weights_place
 from llmprune.report import Evaluation, Latency, Quality
 from llmprune.spec import PruneConfig, default_seq_len
 
@@ -33,8 +35,8 @@ def evaluate(model: str | Path | None = None, *, against: str | Path | None = No
     Args:
         model: hub ID or directory; None is the bundled one.
         against: the dense model, with the same vocabulary.
-        overrides: PruneConfig's fields ``eval``, ``seq_len``, ``max_eval_tokens``, ``latency``, ``device``, ``dtype``,
-            ``revision``, ``trust_remote_code``.
+        overrides: PruneConfig's fields ``eval``, ``seq_len``, ``max_eval_tokens``, ``latency``, ``device``, ``offload``,
+            ``dtype``, ``revision``, ``trust_remote_code``.
     """
     for event in evaluate_iter(model, against=against, **overrides):
         if isinstance(event, Evaluated):
@@ -113,7 +115,7 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A model to evaluate; with ``stack`` where it does not fit on the device, to be scored block by block."""
+    """A model to evaluate; with ``stack`` where it does not fit on the device or in memory, to be scored block by block."""
 
     name: str
     model: PreTrainedModel
@@ -123,8 +125,14 @@ class _Loaded:
     @classmethod
     def load(cls, config: PruneConfig, device: torch.device) -> _Loaded:
         source = resolve(config)
-        model = load_model(source, config, torch.device("cpu"), packed=True)
-        return cls(source.name, model, load_tokenizer(source.path, config), _stack_to_stream(model, device))
+        tokenizer = load_tokenizer(source.path, config)
+        cpu = torch.device("cpu")
+        free = free_bytes(device) if device.type != "cpu" else None
+        if weights_place(config.offload, source.dense_bytes, device_free=free, cpu_free=free_bytes(cpu)) == "disk":
+            model, weights = load_streamed(source, config)
+            return cls(source.name, model, tokenizer, _probed(model, replace(find_stack(model), weights=weights), device))
+        model = load_model(source, config, cpu, packed=True)
+        return cls(source.name, model, tokenizer, _stack_to_stream(model, device))
 
     @property
     def vocab_size(self) -> int:
@@ -156,8 +164,12 @@ def _stack_to_stream(model: PreTrainedModel, device: torch.device) -> Stack | No
     if fits(model, device):
         return None
     try:
-        with dispatched(model, device):
-            ids_1S = torch.arange(16, device=module_device(model))[None] % model.config.get_text_config().vocab_size
-            return probe(model, find_stack(model), ids_1S)
+        return _probed(model, find_stack(model), device)
     except UnsupportedModel:
         return None
+
+
+def _probed(model: PreTrainedModel, stack: Stack, device: torch.device) -> Stack:
+    with dispatched(model, device):
+        ids_1S = torch.arange(16, device=module_device(model))[None] % model.config.get_text_config().vocab_size
+        return probe(model, stack, ids_1S)

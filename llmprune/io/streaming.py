@@ -35,6 +35,7 @@ from llmprune.errors import CorruptCheckpoint, NonFiniteError, UnsupportedModel
 from llmprune.io.models import Source, empty_weights, load_config
 from llmprune.io.shards import Shards
 from llmprune.spec import Pattern, PruneConfig
+from llmprune.structured.free import is_free
 
 _CPU = torch.device("cpu")
 
@@ -212,6 +213,8 @@ def load_streamed(source: Source, config: PruneConfig) -> tuple[PreTrainedModel,
     """
     shards = Shards(source.name, _files(source))
     transformers_config = load_config(source.path, config)
+    if getattr(transformers_config, "quantization_config", None) or is_free(transformers_config):
+        raise _not_streamed(source, "its tensors are packed, or of free widths")
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else transformers_config.dtype or shards.dtype
     with empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -223,9 +226,12 @@ def load_streamed(source: Source, config: PruneConfig) -> tuple[PreTrainedModel,
     owners = Counter(id(parameter) for _, _, parameter in _parameters(model))
     shared = [name for block in stack.blocks for name, one in block.named_parameters() if owners[id(one)] > 1]
     if shared or not shards.readable:
-        what = f"blocks share weights ({shared[0]})" if shared else "the checkpoint does not hold ordinary tensors"
-        raise UnsupportedModel(f"{source.name!r} cannot be streamed from disk: {what}. Use --offload cpu.")
+        raise _not_streamed(source, f"blocks share weights ({shared[0]})" if shared else "it does not hold ordinary tensors")
     return model.eval(), StreamedBlocks(model, stack, shards, dtype)
+
+
+def _not_streamed(source: Source, why: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{source.name!r} cannot be streamed from disk: {why}. Use --offload cpu.")
 
 
 def _files(source: Source) -> list[Path]:

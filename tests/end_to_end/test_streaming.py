@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmprune
+import llmprune.evaluation
 import tiny
 from forked import at, run
-from llmprune.errors import ConfigError, CorruptCheckpoint, NonFiniteError
-from llmprune.events import BlockFinished, BlockStarted, Event, Finished
+from llmprune.errors import ConfigError, CorruptCheckpoint, NonFiniteError, UnsupportedModel
+from llmprune.events import BlockFinished, BlockStarted, Evaluated, Event, Finished
 from llmprune.io import streaming
 from llmprune.io.shards import Shards
 
@@ -189,3 +190,23 @@ def test_threads_read_and_write(model_dir: Path, job: dict[str, Any], tmp_path: 
     kinds = [(type(event), event.block) for event in events if isinstance(event, (BlockStarted, BlockFinished))]
     assert kinds.index((BlockStarted, 1)) < kinds.index((BlockFinished, 0))
     assert [block for kind, block in kinds if kind is BlockFinished] == list(range(NUM_BLOCKS))
+
+
+def test_evaluation_from_disk(model_dir: Path, moe_model_dir: Path, job: dict[str, Any]) -> None:
+    """The same numbers, against another model too; neither is ever whole in memory, and speed is not told."""
+    texts = {"eval": job["eval"], "seq_len": 32, "max_eval_tokens": 512}
+    whole = llmprune.evaluate(model_dir, against=moe_model_dir, **texts, latency=False)
+    for event in llmprune.evaluation.evaluate_iter(model_dir, against=moe_model_dir, **texts, offload="disk"):
+        if isinstance(event, Evaluated):
+            streamed = event.evaluation
+    assert streamed.latency is None
+    (one,), (other,) = whole.quality, streamed.quality
+    for name in ("perplexity_dense", "perplexity_pruned", "kl", "top1_agreement"):
+        assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-5), name
+
+
+def test_a_packed_checkpoint_is_not_streamed(tiny_model_dir: Path, job: dict[str, Any], tmp_path: Path) -> None:
+    """It says so, with the remedy."""
+    llmprune.prune(tiny_model_dir, out=tmp_path / "packed", pattern="2:4", export="packed", **job)
+    with pytest.raises(UnsupportedModel, match=r"cannot be streamed from disk: .* packed.*Use --offload cpu"):
+        llmprune.evaluate(tmp_path / "packed", eval=job["eval"], seq_len=32, offload="disk")
