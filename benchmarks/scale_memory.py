@@ -38,9 +38,6 @@ SHAPE = {
 # The limited one is wider: fewer and larger blocks take less time for as many bytes.
 LIMITED_SHAPE = {**SHAPE, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
 BLOCKS_PER_SHARD = 4
-# A skeleton's matrices are allocated, never touched and freed one by one; glibc keeps the address space, which no other limit
-# notices. With a fixed threshold they are mappings of their own, which go when they are freed.
-LIMITED_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 POLL_SECONDS = 0.005
 PRUNE = (
     "--method", "wanda", "--num-samples", "8", "--seq-len", "128", "--calibration", "stdlib", "--eval", "stdlib",
@@ -113,11 +110,9 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(0.02)
 
 
-def watch(
-    command: Sequence[str], *, limit: Callable[[], None] | None = None, seconds: float = 1800, **environment: str
-) -> Peak:
+def watch(command: Sequence[str], *, limit: Callable[[], None] | None = None, seconds: float = 1800) -> Peak:
     """Run a command to its end and poll its memory; ``limit`` is called in the new process before it starts."""
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", **environment}
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     begun = time.monotonic()
     seen = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0, "VmPeak": 0}
     with (
@@ -173,12 +168,11 @@ def under_a_limit(console: Console, root: Path) -> dict[str, Any]:
     idle = watch([sys.executable, "-c", "import llmprune.api"])
     result: dict[str, Any] = {
         "num_blocks": LIMITED_BLOCKS, "checkpoint_bytes": weights, "limit_bytes": LIMIT_BYTES, "limit": "RLIMIT_AS (ulimit -v)",
-        "environment": LIMITED_ENVIRONMENT,
         "idle_virtual_bytes": idle.virtual,
     }  # fmt: skip
     for offload in ("disk", "cpu"):
         out = root / f"limited-{offload}"
-        peak = watch(prune_command(folder, out, offload), limit=limit_address_space, **LIMITED_ENVIRONMENT)
+        peak = watch(prune_command(folder, out, offload), limit=limit_address_space)
         result[offload] = vars(peak) | {"written": (out / "config.json").exists()}
         console.print(f"--offload {offload} within {LIMIT_BYTES / 2**20:.0f} MiB of {weights / 2**20:.0f}: {describe(peak)}")
     return result

@@ -88,7 +88,7 @@ def memory_table(result: dict[str, Any]) -> str:
         f"Anonymous pages of the largest over those of the smallest: {1 + result['spread']:.3f}. Under {limited['limit']} of "
         f"{_mebibytes(limited['limit_bytes'])} MiB, of which {_mebibytes(limited['idle_virtual_bytes'])} are taken by "
         f"importing llmprune, a checkpoint of {limited['num_blocks']} blocks and {_mebibytes(limited['checkpoint_bytes'])} "
-        f"MiB: {' '.join(lines)} Both with {', '.join('='.join(pair) for pair in limited['environment'].items())}. "
+        f"MiB: {' '.join(lines)} "
         "`python -m benchmarks scale-memory` prints it."
     )
     return _table(head, rows) + "\n\n" + note
