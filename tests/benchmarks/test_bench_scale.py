@@ -178,7 +178,6 @@ def test_tables_are_written_between_their_markers(walked: dict[str, Any], tmp_pa
         "limit": "RLIMIT_AS (ulimit -v)", "limit_bytes": 2 << 30, "idle_virtual_bytes": 1 << 30, "num_blocks": 9,
         "checkpoint_bytes": 3 << 30, "disk": {"returncode": 0, "virtual": 1 << 30},
         "cpu": {"returncode": 1, "virtual": 2 << 30},
-        "environment": {"SETTING": "1"},
     }  # fmt: skip
     results = {"walk": walked, "memory": {"blocks": blocks, "spread": 0.0, "limited": limited}}
     for name, result in results.items():
