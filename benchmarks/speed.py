@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llmprune.anatomy.blocks import eager_experts, find_stack, probe, record
 from llmprune.devices import environment, pick_device
 from llmprune.engines.layerwise import Walk
-from llmprune.memory import STAGED_TOKENS
+from llmprune.memory import CPU_STAGED_TOKENS, STAGED_TOKENS
 from llmprune.spec import PruneConfig
 
 CASES: list[tuple[str, dict[str, Any], bool, float | None]] = [
@@ -46,10 +46,16 @@ def medium_llama(device: torch.device, num_layers: int = 4) -> PreTrainedModel:
 
 
 @torch.no_grad()
+def _staged(ids_NS: torch.Tensor) -> int:
+    """Sequences of a batch, as a job has them."""
+    tokens = CPU_STAGED_TOKENS if ids_NS.device.type == "cpu" else STAGED_TOKENS
+    return max(1, tokens // ids_NS.shape[1])
+
+
 def forward_seconds(model: PreTrainedModel, ids_NS: torch.Tensor) -> float:
     """One plain forward of all tokens through embeddings and blocks, without the head, in batches that suit caches."""
     begun = time.perf_counter()
-    for batch in ids_NS.split(max(1, STAGED_TOKENS // ids_NS.shape[1])):
+    for batch in ids_NS.split(_staged(ids_NS)):
         model.base_model(input_ids=batch, use_cache=False)
     _synchronize(ids_NS.device)
     return time.perf_counter() - begun
@@ -61,7 +67,7 @@ def prune_seconds(fields: dict[str, Any], ids_NS: torch.Tensor, one_batch: bool)
     stack = probe(model, find_stack(model), ids_NS[:1, :16])
     _synchronize(ids_NS.device)
     begun = time.perf_counter()
-    batches = list(ids_NS.split(len(ids_NS) if one_batch else max(1, STAGED_TOKENS // ids_NS.shape[1])))
+    batches = list(ids_NS.split(len(ids_NS) if one_batch else _staged(ids_NS)))
     recording = record(model, stack, batches)
     with eager_experts(model):
         for _ in Walk(stack, recording, PruneConfig(**fields), ids_NS.device).run():

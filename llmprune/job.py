@@ -725,6 +725,7 @@ class Job:
             need=Need.GRAM if self.config.sequential == "none" else method_of(self.config).needs,  # any method: equal batches
             one_pass=self.config.sequential == "group" and self.shares is None,
             free_bytes=free_bytes(self.device),
+            on_cpu=self.device.type == "cpu",
             tuned_sites=max(self.stack.sites, key=total_weights) if self.config.reconstruct else (),
             hidden_here=self._hidden_place() in ("device", self.device.type),
         )

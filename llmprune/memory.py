@@ -12,7 +12,9 @@ from llmprune.hidden import Place
 from llmprune.spec import Need, Offload
 
 STAGED_TOKENS = 8192
-"""Tokens of one forward when the calibration set goes through a block in several batches."""
+CPU_STAGED_TOKENS = 2048
+"""Tokens of one forward when the calibration set goes through a block in several batches. On a CPU fewer of them are faster, as
+more stays in its caches, and take less memory."""
 
 RECONSTRUCTION_BATCHES = 16
 """Batches that reconstruction wants at least: an eighth held out, the others in turn; fewer and larger ones cost more than they
@@ -136,6 +138,7 @@ def choose_batch_size(
     need: Need,
     one_pass: bool,
     free_bytes: int,
+    on_cpu: bool,
     tuned_sites: Sequence[Site] = (),
     hidden_here: bool = True,
 ) -> int:
@@ -153,7 +156,8 @@ def choose_batch_size(
         return num_samples
     if not hidden_here:  # a single batch is here all the same
         budget += 2 * hidden
-    staged = max(1, min(num_samples, STAGED_TOKENS // seq_len, hidden // activations, budget // activations))
+    tokens = CPU_STAGED_TOKENS if on_cpu else STAGED_TOKENS
+    staged = max(1, min(num_samples, tokens // seq_len, hidden // activations, budget // activations))
     if not tuned_sites:
         return staged
     budget = free_bytes // 2 - 3 * hidden * hidden_here - tuning_state_bytes(tuned_sites, itemsize)

@@ -361,7 +361,7 @@ class _Planner:
             itemsize=self.itemsize, need=Need.GRAM if self.config.sequential == "none" else self.need,
             one_pass=self.config.sequential == "group",
             free_bytes=free_bytes(self.device) - (self._held_weights if self.device.type == "cpu" else 0),
-            tuned_sites=self.tuned_sites,
+            on_cpu=self.device.type == "cpu", tuned_sites=self.tuned_sites,
         )  # fmt: skip
 
     def _walk(self, batch_size: int) -> str:

@@ -74,7 +74,7 @@ def _choose(free: int, *, one_pass: bool = True, num_samples: int = 64) -> int:
     sites = [site for block in find_stack(tiny_model("llama")).sites for site in block]
     return choose_batch_size(
         sites, num_samples=num_samples, seq_len=128, hidden_size=64, itemsize=4, need=Need.GRAM, one_pass=one_pass,
-        free_bytes=free,
+        free_bytes=free, on_cpu=False,
     )  # fmt: skip
 
 
@@ -84,6 +84,20 @@ def test_one_pass_takes_all_sequences_where_they_fit() -> None:
     assert 1 <= _choose(2**24) < 64
     assert _choose(0) == 1
     assert _choose(2**40, one_pass=False) < 64
+
+
+def test_batches_are_smaller_on_a_cpu() -> None:
+    """Where its caches decide, by tokens and not by sequences."""
+    sites = [site for block in find_stack(tiny_model("llama")).sites for site in block]
+
+    def choose(seq_len: int, *, on_cpu: bool) -> int:
+        return choose_batch_size(
+            sites, num_samples=512, seq_len=seq_len, hidden_size=64, itemsize=4, need=Need.NORM, one_pass=False,
+            free_bytes=2**40, on_cpu=on_cpu,
+        )  # fmt: skip
+
+    assert (choose(128, on_cpu=True), choose(512, on_cpu=True)) == (16, 4)
+    assert choose(512, on_cpu=False) == 16
 
 
 def test_batches_keep_activations_below_the_hidden_states() -> None:

@@ -207,7 +207,7 @@ def test_states_elsewhere_leave_room_for_a_batch() -> None:
     def choose(*, hidden_here: bool, tuned: bool = False) -> int:
         return choose_batch_size(
             sites, num_samples=4096, seq_len=16, hidden_size=64, itemsize=4, need=Need.NORM, one_pass=True, free_bytes=1 << 24,
-            tuned_sites=sites if tuned else (), hidden_here=hidden_here,
+            on_cpu=False, tuned_sites=sites if tuned else (), hidden_here=hidden_here,
         )  # fmt: skip
 
     assert [choose(hidden_here=True), choose(hidden_here=True, tuned=True)] == [1, 1]
