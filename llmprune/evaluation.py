@@ -128,7 +128,8 @@ class _Loaded:
         tokenizer = load_tokenizer(source.path, config)
         cpu = torch.device("cpu")
         free = free_bytes(device) if device.type != "cpu" else None
-        if weights_place(config.offload, source.dense_bytes, device_free=free, cpu_free=free_bytes(cpu)) == "disk":
+        size = source.bytes_in(config.dtype)
+        if weights_place(config.offload, size, device_free=free, cpu_free=free_bytes(cpu)) == "disk":
             model, weights = load_streamed(source, config)
             return cls(source.name, model, tokenizer, _probed(model, replace(find_stack(model), weights=weights), device))
         model = load_model(source, config, cpu, packed=True)

@@ -670,8 +670,9 @@ class Job:
             return "disk"
         device_free = free_bytes(self.device) if self.device.type != "cpu" else None
         place = memory.weights_place(
-            self.config.offload, self.source.dense_bytes, device_free=device_free, cpu_free=free_bytes(torch.device("cpu"))
-        )
+            self.config.offload, self.source.bytes_in(self.config.dtype), device_free=device_free,
+            cpu_free=free_bytes(torch.device("cpu")),
+        )  # fmt: skip
         return "cpu" if place == "disk" and reason else place
 
     def _shards(self) -> list[Path]:

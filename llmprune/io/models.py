@@ -108,6 +108,16 @@ class Source:
         packed = read_packing(entry, self.name).modules.values() if entry.get("quant_method") == PACKING_METHOD else ()
         return self.weights_bytes + sum(bytes_when_dense(tensor) - bytes_when_packed(tensor) for tensor in packed)
 
+    def bytes_in(self, dtype: str) -> int:
+        """Size of the dense weights once they are in a dtype; with ``auto`` they stay in their own."""
+        if dtype == "auto":
+            return self.dense_bytes
+        headers = [tensor for file in self.weight_files for tensor in read_header(file, self.name).values()]
+        floats = [tensor for tensor in headers if tensor.dtype in ("F16", "BF16", "F32", "F64")]
+        stored = sum(tensor.end - tensor.begin for tensor in floats)
+        itemsize: int = getattr(torch, dtype).itemsize
+        return self.dense_bytes - stored + sum(tensor.numel for tensor in floats) * itemsize
+
 
 def resolve(config: PruneConfig) -> Source:
     """Find the model and bring it to disk (hub weights are downloaded, with the hub's own progress bars).

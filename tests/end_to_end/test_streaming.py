@@ -20,6 +20,7 @@ from forked import at, run
 from llmprune.errors import ConfigError, CorruptCheckpoint, NonFiniteError, UnsupportedModel
 from llmprune.events import BlockFinished, BlockStarted, Evaluated, Event, Finished
 from llmprune.io import streaming
+from llmprune.io.models import Source
 from llmprune.io.shards import Shards
 
 NUM_BLOCKS = 4
@@ -125,6 +126,15 @@ def test_memory_decides(model_dir: Path, job: dict[str, Any], tmp_path: Path, mo
     assert len(streamed) == 1
     llmprune.prune(model_dir, out=tmp_path / "out", resume=True, batch_size=1, **job)
     assert len(streamed) == 2
+
+
+def test_weights_are_as_large_as_the_dtype_they_will_have(tmp_path: Path) -> None:
+    """Half-precision files that are loaded in fp32 take twice their size."""
+    folder = tiny.save(tiny.make_model(dtype=torch.bfloat16), tmp_path / "model")
+    source = Source("tiny", folder, "revision")
+    numel = sum(tensor.numel() for tensor in tensors(folder).values())
+    sizes = [source.bytes_in(dtype) - (source.dense_bytes - 2 * numel) for dtype in ("auto", "bfloat16", "float32")]
+    assert sizes == [2 * numel, 2 * numel, 4 * numel]
 
 
 @pytest.mark.parametrize(
