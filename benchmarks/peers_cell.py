@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import resource
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from benchmarks.children import end_with_parent
 
 Job = dict[str, Any]
 BEGUN = time.perf_counter()
@@ -126,18 +126,6 @@ def theirs(job: Job, meter: Meter) -> None:
     model.save_pretrained(job["out"], save_compressed=False)
     tokenizer.save_pretrained(job["out"])
     meter.end("save")
-
-
-def end_with_parent() -> None:
-    """End this process once the one that started it is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import psutil
 from torch import Tensor
 
 from benchmarks import structured_cell
+from benchmarks.children import end_with_parent
 from benchmarks.structured_cell import Busy
 from llmprune.events import Finished, StageFinished
 from llmprune.io.text import load_evaluation
@@ -127,18 +125,6 @@ def split_stories(files: Iterable[Path], folder: Path) -> dict[str, str]:
             copy.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories if story))
             made[str(file)] = str(copy)
     return made
-
-
-def end_with_parent() -> None:
-    """End this process once the one that started it is gone, however it went."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ CACHE = os.environ["LLMPRUNE_CACHE"] = tempfile.mkdtemp(prefix="llmprune-test-ca
 
 import gc
 import itertools
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,18 @@ def eval_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "evaluation.txt"
     file.write_text(tiny.prose(2000, seed=2))
     return file
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a small file system needs privileges this machine does not give")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -544,18 +543,6 @@ def test_disk_full_while_writing(
     report = llmprune.prune(model_dir, resume=True, **how)
     assert report.resumed and report.sparsity == 0.5
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "out"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a small file system needs privileges this machine does not give")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
 
 
 @pytest.mark.parametrize("room", [0, 20 * 1024, 100 * 1024])

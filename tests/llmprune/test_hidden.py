@@ -6,8 +6,6 @@ import errno
 import gc
 import resource
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,18 +94,6 @@ def test_a_file_that_may_not_grow_is_an_error_not_a_signal(tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG
     assert len(states) == 1 and torch.equal(states[0], _tensor(2, 3, 4))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting a small file system needs privileges this machine does not give")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
 
 
 def test_a_full_disk_is_an_error_and_replacing_needs_no_room(small_disk: Path) -> None:
