@@ -70,13 +70,18 @@ def page(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _how(results: Results) -> str:
-    versions, where = results["versions"], results["environment"]
+def _where(results: Results) -> str:
+    """The device, and the threads of the measured processes, which need not be those of the one that starts them."""
     threads = ", ".join(map(str, sorted({cell["threads"] for cell in results["cells"].values()})))
+    return f"{results['environment']['device'].partition(' (')[0]}, threads: {threads}"
+
+
+def _how(results: Results) -> str:
+    versions = results["versions"]
     return (
         f"llmcompressor {versions['llmcompressor']}'s `oneshot` and this checkout run in one environment (torch "
-        f"{versions['torch']}, transformers {versions['transformers']}) on {where['device'].partition(' (')[0]}, threads: "
-        f"{threads}. Every run has a process of its own, in turns and one at a time, and the same tensor of tokens. *Pruning* "
+        f"{versions['torch']}, transformers {versions['transformers']}) on {_where(results)}. Every run has a process "
+        "of its own, in turns and one at a time, and the same tensor of tokens. *Pruning* "
         "begins with the loaded model and ends with the last pruned matrix; *whole* is the process, from imports to the "
         "written checkpoint. The machine was shared with other work: wall seconds are what that left, processor seconds (user "
         "and system) what the tools used. Peak memory is the largest resident set of the process, imports and memory-mapped "
@@ -151,7 +156,7 @@ def readme_table(results: dict[str, Any]) -> str:
         f"{name}: {model['about']}, {' x '.join(map(str, model['samples']))} of them" for name, model in known.items()
     )
     note = (
-        f"{about}. {results['environment']['device']}, in turns in one run. `make bench-peers` measures it; how, and the "
+        f"{about}. {_where(results)}, in turns in one run. `make bench-peers` measures it; how, and the "
         "quality of both: [docs/peers.md](docs/peers.md)."
     )
     return table(head, rows) + "\n\n" + note
