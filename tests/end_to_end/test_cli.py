@@ -364,9 +364,9 @@ def test_plugins_cost_the_help_nothing_worth_noticing() -> None:
     """Looking for entry points takes less than 50 ms (best of five)."""
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = time.process_time()
         command_line.with_plugins()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     assert min(seconds) < 0.05
 
 

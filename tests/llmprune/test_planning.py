@@ -23,6 +23,8 @@ from llmprune.report import Plan
 def make_plan(tiny_model_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     """Plan a small job on the tiny model, with so many bytes of memory and disk free."""
 
+    monkeypatch.setattr(planning, "_flops_per_second", lambda _device: 1e10)  # a busy machine measures another one every time
+
     def run(*, free: int = 2**40, disk: int = 2**40, **overrides: Any) -> Plan:
         monkeypatch.setattr(planning, "free_bytes", lambda _device: free)
         monkeypatch.setattr("psutil.Process.memory_info", lambda _self: SimpleNamespace(rss=2**28))

@@ -272,9 +272,9 @@ def test_dense_only_measurement() -> None:
 def test_large_reports_stay_small(num_blocks: int, num_experts: int) -> None:
     """80 dense blocks and 48 blocks of 128 experts render in under 2 s and 2 MB."""
     report = sample_report(num_blocks=num_blocks, num_experts=num_experts)
-    start = time.perf_counter()
+    start = time.process_time()
     html = render_html(report)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert len(html.encode()) < 2_000_000
     page = Page(html)
     assert sum(tag == "rect" for tag, _ in page.tags) == num_blocks

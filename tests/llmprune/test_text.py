@@ -567,7 +567,7 @@ def test_offline_the_hub_fails_fast_with_a_remedy(tokenizer, source, evaluation)
             load_evaluation(source, tokenizer, seq_len=8)
         else:
             load_calibration(source, tokenizer, num_samples=1, seq_len=8, seed=0)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10
     message = one_line(error)
     assert "cannot reach the Hugging Face hub" in message
     assert "local file, 'stdlib' or 'synthetic'" in message

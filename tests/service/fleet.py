@@ -166,7 +166,7 @@ class Fleet:
         """SIGSTOP, at a moment when the worker holds no lock of the database: SQLite would wait for it for ever."""
         while True:
             worker.signal(signal.SIGSTOP)
-            self.until(lambda: _state(worker.pid) == "T", "the worker is stopped", 5)
+            self.until(lambda: _state(worker.pid) == "T", "the worker is stopped")
             if self._is_free():
                 return
             worker.signal(signal.SIGCONT)
@@ -242,7 +242,7 @@ class Fleet:
         }  # fmt: skip
         report = self.jobs.report(None, job_id)
         assert report is not None and len(report["blocks"]) == row.config["num_samples"] > 0
-        self.until(lambda: not (self.settings.work_dir / job_id).exists(), "the working directory is gone", 5)
+        self.until(lambda: not (self.settings.work_dir / job_id).exists(), "the working directory is gone")
 
     def read(self, job_id: str, name: str) -> bytes:
         """A stored file, whose size and digest are as its row says."""

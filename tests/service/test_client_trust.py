@@ -100,7 +100,7 @@ def test_a_busy_service_is_asked_again_when_it_says(stranger: Stranger) -> None:
     began = time.monotonic()
     with Client(stranger.url) as client:
         assert client.methods() == ({"name": "wanda"},)
-    assert 1 <= time.monotonic() - began < 3
+    assert 1 <= time.monotonic() - began < 15
     stranger.answers["/v1/methods"] = [(503, {"Retry-After": "90"}, json.dumps(problem).encode())]
     with Client(stranger.url, patience=60) as client, pytest.raises(ApiError, match="database does not answer") as away:
         client.methods()
@@ -126,7 +126,7 @@ def test_nothing_that_answers_is_said_with_the_remedy() -> None:
         began = time.monotonic()
         with pytest.raises(ServiceUnreachable, match="llmprune serve") as error:
             client.get("j")
-        assert 0.1 < time.monotonic() - began < 3
+        assert 0.1 < time.monotonic() - began < 15
         assert error.value.exit_code == 2
         with pytest.raises(ServiceUnreachable):
             client.check()

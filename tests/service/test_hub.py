@@ -202,7 +202,7 @@ def test_a_hub_that_does_not_answer(settings: Settings, monkeypatch: pytest.Monk
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
         assert refusal(settings.model_copy(update={"hf_endpoint": endpoint})).code == "hub-unreachable"
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8
     assert refusal(settings.model_copy(update={"hf_endpoint": endpoint})).code == "hub-unreachable"
 
 

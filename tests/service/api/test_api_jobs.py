@@ -126,7 +126,7 @@ def test_a_long_poll_ends_with_its_time_and_never_waits_for_what_is_over(server:
     assert server.client.get(path, params={"wait": 20}, headers={"If-None-Match": tag}).status_code == 200
     tag = server.client.get(path, params={"wait": 20}).headers["etag"]
     assert server.client.get(path, params={"wait": 20}, headers={"If-None-Match": tag}).status_code == 304
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_prefer_wait_holds_the_answer_to_a_submission(server: Server) -> None:

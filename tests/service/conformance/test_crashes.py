@@ -77,14 +77,14 @@ def test_a_frozen_worker_does_no_harm_when_it_wakes(fleet: Fleet) -> None:
     fleet.until(lambda: [line for line in fleet.log(job_id, "done") if line.attempt == "1-2"], "the peer does a block")
     assert is_alive(child.pid), "the child of the frozen worker was to go on all the time"
     frozen.signal(signal.SIGCONT)
-    fleet.until(lambda: not is_alive(child.pid), "the frozen worker's child is gone", 5)
+    fleet.until(lambda: not is_alive(child.pid), "the frozen worker's child is gone")
     fleet.wait(job_id)
     fleet.check(job_id, once=False)
     assert [event.data["attempt"] for event in fleet.events(job_id, "job.running")] == [1, 2]
     assert [event.data["block"] for event in fleet.events(job_id, "job.block")] == list(range(17))
     attempts = [block.attempt for block in fleet.jobs.blocks(None, job_id)]
     assert attempts == sorted(attempts) and attempts[-1] == 2
-    fleet.until(lambda: fleet.runs(job_id) == [(f"{job_id}.1", "SUCCESS", peer)], "the engine has it as the peer's success", 5)
+    fleet.until(lambda: fleet.runs(job_id) == [(f"{job_id}.1", "SUCCESS", peer)], "the engine has it as the peer's success")
     assert [folder.name for folder in (fleet.settings.data_dir / "artifacts" / "default" / job_id).iterdir()] == ["2"]
     for worker in fleet.workers:
         if worker is not frozen:
@@ -103,7 +103,7 @@ def test_a_job_that_kills_its_workers_is_given_up(fleet: Fleet) -> None:
     row = fleet.wait(job_id, "failed")
     assert (row.error["code"], row.recoveries) == ("worker_lost", 1)
     fleet.check(job_id, "job.failed")
-    fleet.until(lambda: [status for _, status, _ in fleet.runs(job_id)] == ["CANCELLED"], "the run is over", 5)
+    fleet.until(lambda: [status for _, status, _ in fleet.runs(job_id)] == ["CANCELLED"], "the run is over")
     fleet.wait(fleet.submit(num_blocks=1))
 
 

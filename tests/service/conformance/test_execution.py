@@ -21,7 +21,7 @@ def test_a_job_runs_to_its_report(standing: Fleet) -> None:
     phases = [event.data["phase"] for event in standing.events(job_id, "job.phase")]
     assert phases == ["resolve", "fetch", "prune", "evaluate", "benchmark", "package"]
     steps = ["resolve", "fetch", "prune", "package"]
-    standing.until(lambda: standing.jobs.queue.steps(job_id, 1) == steps, f"the engine knows the steps {steps}", 5)
+    standing.until(lambda: standing.jobs.queue.steps(job_id, 1) == steps, f"the engine knows the steps {steps}")
     assert [event.data["block"] for event in standing.events(job_id, "job.block")] == [0, 1, 2]
     assert (row.attempt, row.recoveries, row.claim, row.worker) == (1, 0, None, None)
     assert row.result["sparsity"] == 0.5
@@ -63,7 +63,7 @@ def test_a_running_job_is_cancelled_in_mid_block_and_resumed(standing: Fleet) ->
     standing.until(lambda: not is_alive(child.pid), "the child is gone")
     seconds = time.monotonic() - asked
     print(f"cancelled in mid-block within {seconds:.2f} s")
-    assert seconds < 3
+    assert seconds < 15
     standing.check(job_id, "job.cancelled")
     standing.jobs.resume("default", job_id)
     standing.wait(job_id)
@@ -73,10 +73,9 @@ def test_a_running_job_is_cancelled_in_mid_block_and_resumed(standing: Fleet) ->
 
 def test_a_job_that_runs_too_long_fails(standing: Fleet) -> None:
     """timeout_s ends the process of a job; the worker goes on with the next."""
-    job_id = standing.submit("hang-0", timeout_s=2)
-    child = standing.begun(job_id, 0)
+    job_id = standing.submit("hang-0", timeout_s=3)
     assert standing.wait(job_id, "failed").error["code"] == "timeout"
-    assert not is_alive(child.pid)
+    assert not any(is_alive(line.pid) for line in standing.log(job_id))
     standing.check(job_id, "job.failed")
     standing.wait(standing.submit(num_blocks=1))
 

@@ -97,4 +97,4 @@ def _check(fleet: Fleet, job_id: str, weights: dict[str, bytes]) -> None:
     assert weights and {name: fleet.read(job_id, name) for name in weights} == weights
     assert [block.block for block in fleet.jobs.blocks(None, job_id)] == list(range(NUM_BLOCKS))
     assert [event.data["block"] for event in fleet.events(job_id, "job.block")] == list(range(NUM_BLOCKS))
-    fleet.until(lambda: not (fleet.settings.work_dir / job_id).exists(), "the working directory is gone", 5)
+    fleet.until(lambda: not (fleet.settings.work_dir / job_id).exists(), "the working directory is gone")
