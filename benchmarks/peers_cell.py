@@ -18,6 +18,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.children import end_with_parent
 
@@ -65,35 +66,31 @@ def ours(job: Job, meter: Meter) -> None:
     """llmprune's own job, its calibration tokens given; nothing is evaluated or timed."""
     import torch
 
-    from llmprune import job as jobs
     from llmprune.events import Finished, Progress, StageFinished
     from llmprune.io.text import TokenSet
+    from llmprune.job import Job as OneJob
     from llmprune.report import TextReport
     from llmprune.spec import PruneConfig
 
     meter.end("import")
     ids_NS = torch.load(job["tokens"])
 
-    class GivenTokens(jobs.Job):
-        def _load_calibration(self) -> TokenSet:
-            digest = hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest()
-            report = TextReport(
-                source="tensor", split="given", description="Given tokens.", num_sequences=len(ids_NS),
-                seq_len=ids_NS.shape[1], sha256=digest,
-            )  # fmt: skip
-            return TokenSet(ids_NS, report)
-
+    report = TextReport(
+        source="tensor", split="given", description="Given tokens.", num_sequences=len(ids_NS), seq_len=ids_NS.shape[1],
+        sha256=hashlib.sha256(ids_NS.numpy().tobytes()).hexdigest(),
+    )  # fmt: skip
     config = PruneConfig.build(
         model=job["model"], method=job["method"], damping=job["damping"], dtype="float32", device="cpu", eval=(), latency=False,
         calibration="stdlib", num_samples=len(ids_NS), seq_len=ids_NS.shape[1], **job["target"], **job["fields"],
     )  # fmt: skip
-    for event in GivenTokens(config, out=Path(job["out"])).run():
-        if isinstance(event, Progress) and (event.stage, event.done) == ("load", 2):
-            meter.end("load")
-        if isinstance(event, StageFinished) and event.stage == "prune":
-            meter.end("prune")
-        if isinstance(event, Finished):
-            meter.end("save")
+    with patch("llmprune.job.calibrating.load_calibration", return_value=TokenSet(ids_NS, report)):
+        for event in OneJob(config, out=Path(job["out"])).run():
+            if isinstance(event, Progress) and (event.stage, event.done) == ("load", 2):
+                meter.end("load")
+            if isinstance(event, StageFinished) and event.stage == "prune":
+                meter.end("prune")
+            if isinstance(event, Finished):
+                meter.end("save")
 
 
 def theirs(job: Job, meter: Meter) -> None:

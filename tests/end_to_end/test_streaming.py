@@ -115,11 +115,11 @@ def test_memory_decides(model_dir: Path, job: dict[str, Any], tmp_path: Path, mo
         streamed.append(True)
         return streaming.load_streamed(*arguments)
 
-    monkeypatch.setattr("llmprune.job.load_streamed", load)
+    monkeypatch.setattr("llmprune.job.loading.load_streamed", load)
     llmprune.prune(model_dir, out=tmp_path / "roomy", **job)
     assert not streamed
     with monkeypatch.context() as scarce:
-        scarce.setattr("llmprune.job.free_bytes", lambda device: 200_000)
+        scarce.setattr("llmprune.job.loading.free_bytes", lambda device: 200_000)
         events = llmprune.prune_iter(model_dir, out=tmp_path / "out", batch_size=1, **job)
         assert any(isinstance(event, BlockFinished) for event in events)
         del events  # cancelled

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from llmprune.io.journal import difference
-from llmprune.job import _config_fields
+from llmprune.job.state import config_fields
 from llmprune.spec import PruneConfig
 
 
@@ -33,7 +33,7 @@ def test_the_field_that_differs_is_named(name: str) -> None:
     """Whichever it is, before and now, after a way through JSON as the journal takes it; the same config differs in nothing."""
     config = PruneConfig()
     other = config.model_copy(update={name: another(name)})
-    before, now, same = (json.loads(json.dumps(_config_fields(one))) for one in (config, other, config))
+    before, now, same = (json.loads(json.dumps(config_fields(one))) for one in (config, other, config))
     found = difference(before, now)
     assert found is not None and found.startswith(f"config.{name} = ")
     assert found.endswith(f"{before[f'config.{name}']!r}, not {now[f'config.{name}']!r}")

@@ -1,0 +1,114 @@
+"""The stages ``dense``, ``pruned`` and ``benchmark``: what the model is worth, and how fast it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmprune.events import Event
+from llmprune.job.state import JobState
+from llmprune.measure.benchmark import benchmark_models
+from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
+from llmprune.processes import first_says, wait_for_all
+from llmprune.report import (
+    Quality,
+    Speed,
+)
+from llmprune.scoring import Scores, Scoring
+from llmprune.walking import own_place
+
+_DENSE = "dense"
+_HIDDEN = "hidden.safetensors"
+
+
+def measure_dense(job: JobState) -> Iterator[Event]:
+    """Measure the model before anything is changed, or take it from the journal."""
+    clock = job.clock("dense")
+    scoring = _scoring(job)
+    if job.shares:
+        directory = first_says(lambda: job.journal.directory if job.journal else None)
+        job.own = own_place(directory, job.shares)
+    if data := _recorded_dense(job):
+        yield clock.started(scoring.num_windows, resumed_at=scoring.num_windows)
+        job.dense = Scores(
+            tuple(Quality.model_validate(item) for item in data["quality"]),
+            tuple(Speed.model_validate(item) for item in data["speed"]),
+        )
+        yield clock.finished(data["seconds"])
+        return
+    yield clock.started(scoring.num_windows)
+    job.dense = yield from job.noted(scoring.run("dense"))
+    if job.own:
+        job.own.write(_DENSE, {}, {_HIDDEN: dict(job.dense.hidden)})
+    if job.shares:
+        wait_for_all()  # the record says that all have theirs
+    if job.journal:
+        job.journal.write(
+            _DENSE,
+            {
+                "quality": [item.model_dump(mode="json") for item in job.dense.quality],
+                "speed": [item.model_dump(mode="json") for item in job.dense.speed],
+                "seconds": clock.seconds,
+            },
+            {_HIDDEN: dict(job.dense.hidden)},
+        )
+    if job.journal or job.own:
+        job.dense = replace(job.dense, hidden={})  # read again, from the disk, when they are wanted
+    yield clock.finished()
+
+
+def _recorded_dense(job: JobState) -> dict[str, Any] | None:
+    """What an earlier run recorded of the dense model; of several processes where each finds its hidden states."""
+    place = job.journal or job.own
+
+    def found() -> dict[str, Any] | None:
+        return place.read(_DENSE, [_HIDDEN]) if place and place.has(_DENSE) else None
+
+    recorded = job.shares.together(found) if job.shares else [found()]
+    return recorded[0] if all(recorded) else None
+
+
+def measure_pruned(job: JobState) -> Iterator[Event]:
+    """Measure it again, against what it was."""
+    clock = job.clock("pruned")
+    scoring = _scoring(job)
+    yield clock.started(scoring.num_windows)
+    place = job.journal or job.own
+    dense = replace(job.dense, hidden=place.tensors(_DENSE, _HIDDEN)) if place else job.dense
+    job.pruned = yield from job.noted(scoring.run("pruned", dense))
+    yield clock.finished()
+
+
+def benchmark(job: JobState) -> Iterator[Event]:
+    """Speed of the dense and the packed model, for a packed checkpoint; afterwards the model is dense again."""
+    model = job.model
+    assert model is not None
+    if job.config.export != "packed" or not job.config.latency or job.streamed or not can_pack(model):
+        return
+
+    del job.stack  # its sites would keep every dense weight alive
+    layers = {path: site.module for path, site in packable(model)[0].items()} if job.in_memory else {}
+
+    def pack() -> PreTrainedModel:
+        pack_(model)
+        return model
+
+    clock = job.clock("benchmark")
+    yield clock.started(0)
+    try:
+        job.benchmark = yield from benchmark_models(model, pack, device=job.device)
+    finally:
+        for path, layer in layers.items():
+            swap_(model, path, layer)  # the very layers the caller knows
+        unpack_(model)
+    yield clock.finished()
+
+
+def _scoring(job: JobState) -> Scoring:
+    assert job.model is not None
+    prompt_1S = job.calibration.ids_NS[:1] if job.config.latency and job.first else None
+    folder = job.journal.directory if job.journal else None
+    return Scoring(job.model, job.stack, job.texts, job.device, prompt_1S, job.config.offload, folder, job.shares)
