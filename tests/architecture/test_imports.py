@@ -30,7 +30,7 @@ TORCH_FREE = (
     "_version", "efforts", "errors", "registration", "patterns", "spec", "speed", "pruning", "structure", "recovery_spec",
     "report", "events", "terminal", "speed_tables", "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options",
     "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",
-    "io/structure_text", "processes", "launching",
+    "io/structure_text", "io/scale", "io/pareto", "processes", "launching",
 )  # fmt: skip
 
 
