@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -258,10 +259,22 @@ class ChildJob:
             token = hub_token(self.settings, self.execution.job.tenant)
             environment |= {"HF_TOKEN": token} if token else {}
         else:
-            environment["HF_HUB_OFFLINE"] = "1"
+            environment |= {"HF_HUB_OFFLINE": "1", **self._cache()}
         if self.devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices
         return environment
+
+    def _cache(self) -> dict[str, str]:
+        """Statistics are shared by the jobs of one tenant: a report says what was found there, and when it was collected.
+
+        They give way to what jobs need: half of the free space is the most they take.
+        """
+        free = max(0, shutil.disk_usage(self.folder).free - self.settings.disk_floor_bytes)
+        gigabytes = min(self.settings.cache_gb, free / 2e9)
+        return {
+            "LLMPRUNE_CACHE": str(self.settings.cache_dir / self.execution.job.tenant),
+            "LLMPRUNE_CACHE_GB": f"{gigabytes:.3f}",
+        }
 
     def _cause(self, returncode: int) -> ChildFailed:
         if self._failure is not None:

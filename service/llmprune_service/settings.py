@@ -58,6 +58,9 @@ class Settings(BaseSettings):
         Path(sys.executable), description="Python whose llmprune runs the jobs, where it is not the service's own."
     )
     child_memory_bytes: Annotated[int, Field(ge=1)] | None = Field(None, description="Address space limit of a job's process.")
+    cache_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        20.0, description="Statistics of dense models that the jobs of a tenant share, on each worker's disk; 0 keeps none."
+    )
 
     model_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (), description="Directories under which requests may name local models and texts; none by default."
@@ -125,6 +128,11 @@ class Settings(BaseSettings):
     def hub_dir(self) -> Path:
         """The hub cache of this host: HF_HOME of the jobs."""
         return self.data_dir / "hub"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Statistics of dense models for later jobs: one directory a tenant."""
+        return self.data_dir / "cache"
 
     @property
     def key_file(self) -> Path:

@@ -56,7 +56,9 @@ _WEIGHT_BYTES = 4096
 def main() -> None:
     """Parse the command line as a worker writes it, and prune."""
     assert sys.argv[1:5] == ["-P", "-m", "llmprune", "prune"], sys.argv
-    assert not any(name.startswith("LLMPRUNE_") for name in os.environ), "the service's settings are no job's business"
+    told = {name for name in os.environ if name.startswith("LLMPRUNE_")}
+    assert told == {"LLMPRUNE_CACHE", "LLMPRUNE_CACHE_GB"}, "the service's settings are no job's business"
+    assert Path(os.environ["LLMPRUNE_CACHE"]).parent == Path(os.environ["HF_HOME"]).with_name("cache"), "later jobs find it"
     options = _parse(sys.argv[5:])
     try:
         Pruning(options).run()
