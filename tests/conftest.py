@@ -21,12 +21,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 
 import tiny
 
 torch.set_num_threads(1)
+
+# The same examples in every run, however slow the machine is today.
+hypothesis.settings.register_profile("llmprune", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("llmprune")
 
 TESTS = Path(__file__).parent
 LONGEST_FIRST = ("service", "end_to_end", "kernels", "llmprune", "the others", "contract")

@@ -13,10 +13,7 @@ from llmprune.job.state import JobState
 from llmprune.measure.benchmark import benchmark_models
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
 from llmprune.processes import first_says, wait_for_all
-from llmprune.report import (
-    Quality,
-    Speed,
-)
+from llmprune.report import Quality, Speed
 from llmprune.scoring import Scores, Scoring
 from llmprune.walking import own_place
 

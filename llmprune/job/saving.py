@@ -13,10 +13,7 @@ from llmprune.io import checkpoint
 from llmprune.job.state import JobState
 from llmprune.measure.latency import DENSE_NOTE
 from llmprune.methods import method_of
-from llmprune.report import (
-    Latency,
-    Report,
-)
+from llmprune.report import Latency, Report
 
 
 def save(job: JobState) -> Iterator[Event]:

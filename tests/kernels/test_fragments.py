@@ -18,7 +18,7 @@ from llmprune_kernels.two_four import NIBBLES, TwoFour
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.bfloat16, torch.float16, torch.int8]
 SHAPES = [(1, 4), (16, 256), (17, 260), (15, 252), (48, 1028), (64, 512), (100, 1000), (33, 24), (5, 2564)]
-deterministic = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+deterministic = settings(max_examples=30)
 
 
 def random_packed(out_features: int, in_features: int, dtype: torch.dtype) -> TwoFour:

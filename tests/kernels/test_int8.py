@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmprune_kernels.int8 import dequantize, quantize
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-deterministic = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+deterministic = settings(max_examples=100)
 
 
 def test_golden_bytes() -> None:

@@ -18,7 +18,7 @@ from llmprune_kernels.two_four import NIBBLES, PAIRS, TwoFour, pack, unpack
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 WORDS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-deterministic = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+deterministic = settings(max_examples=60)
 
 
 def num_bits(dtype: torch.dtype) -> int:

@@ -32,11 +32,8 @@ BITS = {"F32": 32, "U8": 8, "F4": 4, "F6_E2M3": 6, "I64": 64}
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 quick = settings(
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     max_examples=150,
-    derandomize=True,
-    database=None,
 )
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 tensors = st.dictionaries(

@@ -38,7 +38,7 @@ def _facts(shapes: list[tuple[int, int]], seed: int = 0) -> list[SiteFacts]:
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 @given(shapes=SHAPES, sparsity=st.floats(0, 0.99), seed=st.integers(0, 99), scope=st.sampled_from(SCOPES))
 def test_the_budget_is_met_to_the_unit(
     name: str, shapes: list[tuple[int, int]], sparsity: float, seed: int, scope: Scope
@@ -65,7 +65,7 @@ def test_the_budget_is_met_to_the_unit(
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=st.tuples(st.integers(1, 40), st.integers(2, 300)), part=st.floats(0, 0.999))
 def test_a_count_survives_the_way_through_a_float(scope: Scope, shape: tuple[int, int], part: float) -> None:
     """A count of zeros divided by the weights is a sparsity from which the support has that very count."""
@@ -93,7 +93,7 @@ def test_coarse_quanta_are_settled_with_the_fewest_moves() -> None:
     assert abs(counts[0] - 147) <= 20
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups=st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=5),
     total=st.integers(0, 20),

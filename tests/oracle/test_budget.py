@@ -106,7 +106,7 @@ MODULES = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(modules=MODULES, sparsity=st.floats(0, 1), iteration=st.integers(1, 4))
 def test_shared_budgets_are_met_from_above(modules: list[Module], sparsity: float, iteration: int) -> None:
     """At the centre and after it is fitted to a later iteration no less than the share goes, in whole quanta, and without the

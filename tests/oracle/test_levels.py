@@ -116,7 +116,7 @@ MODULES = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(modules=MODULES, sparsity=st.floats(0, 1), iteration=st.integers(1, 5))
 def test_budgets_are_exact_and_trades_even(modules: list[Module], sparsity: float, iteration: int) -> None:
     """Of every trade the centres sum up to the multiple of its quantum nearest to the target, each within a quantum of its

@@ -19,7 +19,7 @@ SCOPES: tuple[Scope, ...] = ("row", "matrix", "block")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-deterministic = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+deterministic = settings(max_examples=30)
 tied_score = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([math.inf, -math.inf, -0.0]))
 
 

@@ -288,7 +288,7 @@ SHAPES = st.lists(st.tuples(st.integers(1, 48), st.integers(4, 200)), min_size=1
 SCOPES: tuple[Scope, ...] = ("row", "matrix", "block")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(shapes=SHAPES, sparsity=st.floats(0, 0.9), seed=st.integers(0, 99), scope=st.sampled_from(SCOPES))
 def test_every_candidate_meets_the_budget(shapes: list[tuple[int, int]], sparsity: float, seed: int, scope: Scope) -> None:
     """To the weight, in each site's quanta and bounds, whatever the shapes; the ladder starts at the allocation it is given."""
@@ -339,7 +339,7 @@ def _menu_sites(shapes: Sequence[tuple[int, int]], seed: int) -> list[SiteFacts]
 MENU_SHAPES = st.lists(st.tuples(st.integers(1, 12), st.sampled_from([4, 8, 12, 20, 6])), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(shapes=MENU_SHAPES, sparsity=st.floats(0, 0.75), seed=st.integers(0, 999))
 def test_patterns_are_chosen_as_by_brute_force(shapes: list[tuple[int, int]], sparsity: float, seed: int) -> None:
     """The closest sum not below the target, or one a little above it that distorts less; else refused, naming the closest

@@ -18,9 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-SETTINGS = hypothesis.settings(
-    max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-)
+SETTINGS = hypothesis.settings(max_examples=8, suppress_health_check=list(hypothesis.HealthCheck))
 CHECKS = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
     response_schema_conformance,
