@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         benchmark,
         convert,
         evaluate,
+        export_report,
         fetch,
         generate,
         inspect,
@@ -29,19 +30,20 @@ if TYPE_CHECKING:
         plan,
         prune,
         prune_iter,
+        read_report,
         recover,
         recover_iter,
     )
 
 _LAZY = (
-    "benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter", "recover",
-    "recover_iter",
+    "benchmark", "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter",
+    "read_report", "recover", "recover_iter",
 )  # fmt: skip
 
 __all__ = [
     "Benchmark", "Conversion", "Evaluation", "Fetched", "Generation", "Inspection", "LlmpruneError", "Plan", "PruneConfig",
-    "Recovery", "Report", "UserError", "__version__", "benchmark", "convert", "evaluate", "fetch", "generate", "inspect",
-    "load", "plan", "prune", "prune_iter", "recover", "recover_iter",
+    "Recovery", "Report", "UserError", "__version__", "benchmark", "convert", "evaluate", "export_report", "fetch", "generate",
+    "inspect", "load", "plan", "prune", "prune_iter", "read_report", "recover", "recover_iter",
 ]  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from llmprune.events import Event, Finished
 from llmprune.fetching import fetch as fetch
 from llmprune.generation import generate as generate
 from llmprune.inspection import inspect as inspect
+from llmprune.io.exports import export_report as export_report
+from llmprune.io.exports import read_report as read_report
 from llmprune.job import Job
 from llmprune.loading import load as load
 from llmprune.planning import plan as plan

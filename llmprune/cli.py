@@ -83,14 +83,20 @@ from llmprune.cli_options import (
     show,
 )  # fmt: skip
 from llmprune.cli_recover import recover
+from llmprune.cli_report import report
 from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
+from llmprune.io.exports import FORMATS, export_paths, export_report
 from llmprune.launching import check_count, launch, wanted
 from llmprune.methods import METHODS, REFINED, STRUCTURAL
 from llmprune.processes import exit_code, is_first, several, speaks
 from llmprune.spec import BUNDLED_MODEL, Pattern, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
+
+_EXPORT_REPORT = (
+    f"Write the report also as {', '.join(FORMATS)}, repeatable: beside --out, or to a file whose name ends in one of them."
+)
 
 app = typer.Typer(
     name="llmprune",
@@ -158,6 +164,7 @@ def prune(
         int | None, typer.Option("--num-gpus", min=1, help="Share the job among this many GPUs; with --device cpu, processes.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out, if any.")] = False,
+    reports: Annotated[list[str] | None, typer.Option("--export-report", help=_EXPORT_REPORT)] = None,
     events: EventsFile = None,
     as_json: Json = False,
 ) -> None:
@@ -171,6 +178,7 @@ def prune(
         if out is None:
             raise ConfigError("--out DIR is missing: where should the checkpoint go?")
         config = PruneConfig.build(None, **fields)
+        exports = export_paths(reports or (), out)
         check_count(num_gpus)
         if several() and Pattern.parse(config.pattern).structure in ("blocks", "experts"):
             raise ConfigError(
@@ -186,14 +194,16 @@ def prune(
             return
         last = follow(run, sink, interrupted="Interrupted. Finished blocks are kept: go on with --resume.")
     assert isinstance(last, Finished)
+    exported = [path for wanted in exports for path in export_report(last.report, wanted)]
     if as_json:
         print_json(last.report)
     elif events != "-":
         console = Console()
         print_report(last.report, console)
         console.print(
-            f"Checkpoint   {out.resolve()}", f"Report page  {(out / 'report.html').resolve()}", sep="\n", soft_wrap=True
-        )
+            f"Checkpoint   {out.resolve()}", f"Report page  {(out / 'report.html').resolve()}",
+            *(f"Report       {path.resolve()}" for path in exported), sep="\n", soft_wrap=True,
+        )  # fmt: skip
     if last.report.verdict.status == "broken":
         error_console.print(last.report.verdict.text, style="bold red", markup=False)
 
@@ -332,6 +342,7 @@ def inspect(
 
 app.command(epilog="Example: llmprune convert pruned --to packed")(convert)
 app.command(epilog="Example: llmprune recover pruned --out recovered")(recover)
+app.command(epilog="Example: llmprune report pruned --format csv --out results/pruned.csv")(report)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A report for readers: one self-contained HTML page, and the model card of the checkpoint. Torch-free.
+"""A report for readers: one self-contained HTML page, Markdown, and the model card of the checkpoint. Torch-free.
 
 The page is complete without scripts and asks the network for nothing (its own Content-Security-Policy forbids it). The
 card holds no time, timing or machine, so that the same job gives the same bytes; only where a packed checkpoint was
@@ -466,6 +466,30 @@ def render_card(report: Report, base_model: str, license: str | None) -> str:
         removed=removed_units(report.structure, report.model.num_blocks) if report.structure else [],
         recovery=recovery_line(report.recovery) if report.recovery else None,
         command=command_line(config),
+    )
+
+
+def render_markdown(report: Report) -> str:
+    """The report as Markdown, for a wiki or an issue: what the page shows without its charts and its tables of sites."""
+    refinement, recovery, structure = report.refinement, report.recovery, report.structure
+    lines = [
+        structure_line(structure, report.model.num_blocks) if structure else None,
+        search_line(structure) if structure else None,
+        latency_line(structure) if structure else None,
+        refinement_line(refinement, duration(refinement.seconds)) if refinement else None,
+        recovery_line(recovery, duration(recovery.seconds)) if recovery else None,
+        *statistics_lines(report),
+        permutation_line(report),
+        reconstruction_line(report),
+    ]
+    template = _environment(html=False).get_template("report.md.j2")
+    return template.render(
+        report=report,
+        lines=[line for line in lines if line],
+        totals=make_grid(report.blocks).totals,
+        removed=removed_units(structure, report.model.num_blocks) if structure else [],
+        speeds=pair_speeds(report.latency) if report.latency else [],
+        command=command_line(report.config, report.out),
     )
 
 

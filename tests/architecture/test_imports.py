@@ -24,13 +24,14 @@ RANKS = {
     "allocation": 11, "scoring": 11, "refining": 11, "structuring": 11, "walking": 10, "job": 12,
     "evaluation": 13, "recovery": 13, "fetching": 13, "inspection": 13, "planning": 13,
     "benchmarking": 14, "generation": 14, "api": 15,
-    "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli_recover": 17, "cli": 18, "__main__": 19,
+    "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli_recover": 17, "cli_report": 17, "cli": 18, "__main__": 19,
 }  # fmt: skip
 TORCH_FREE = (
     "_version", "efforts", "errors", "registration", "patterns", "spec", "speed", "pruning", "structure", "recovery_spec",
     "report", "events", "terminal", "speed_tables", "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options",
     "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",
     "io/structure_text", "io/scale", "io/pareto", "processes", "launching",
+    "cli_report", "io/exports",
 )  # fmt: skip
 
 

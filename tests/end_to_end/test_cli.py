@@ -27,7 +27,7 @@ from llmprune.report import Evaluation, Inspection, Plan, Report
 from llmprune.spec import PruneConfig
 
 Cli = Callable[..., Any]
-COMMANDS = ("benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune", "recover")
+COMMANDS = ("benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune", "recover", "report")
 QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -55,7 +55,7 @@ def python(*arguments: object, **environment: str) -> subprocess.CompletedProces
 
 
 def test_commands_are_the_documented_ones() -> None:
-    """Ten commands, no more."""
+    """These, no more."""
     assert tuple(command_line.known_commands()) == COMMANDS
 
 
@@ -187,6 +187,22 @@ def test_no_eval_measures_nothing(cli: Cli, tiny_model_dir: Path, text_file: Pat
     """--no-eval needs no evaluation text and says that the quality is unknown."""
     outcome = cli("prune", tiny_model_dir, "-o", tmp_path / "out", "-c", text_file, "--no-eval", *QUICK)
     assert outcome.code == 0 and "quality of this checkpoint is unknown" in " ".join(outcome.out.split())
+
+
+def test_reports_in_other_formats(cli: Cli, tiny_model_dir: Path, quick: tuple[object, ...], tmp_path: Path) -> None:
+    """Beside the checkpoint and where they are wanted, and again from the finished one, with the same bytes."""
+    out, table = tmp_path / "out", tmp_path / "tables" / "one.csv"
+    outcome = cli("prune", tiny_model_dir, "-o", out, "--export-report", "md", "--export-report", table, *quick)
+    assert outcome.code == 0
+    beside = tmp_path / "out-report.md"
+    for file in (beside, table, table.with_name("one-summary.csv")):
+        assert f"Report       {file}" in outcome.out and file.is_file()
+    assert len(table.read_text().splitlines()) == 15
+    assert cli("report", out, "--format", "md") == (0, beside.read_text(), "")
+    assert cli("report", out / "report.json", "-o", tmp_path / "again", "-f", "md") == (0, f"{tmp_path / 'again.md'}\n", "")
+    assert (tmp_path / "again.md").read_bytes() == beside.read_bytes()
+    assert "Perplexity" in cli("report", out).out
+    assert cli("report", out, "-f", "pdf").code == cli("prune", "demo", "-o", tmp_path / "x", "--export-report", "x").code == 2
 
 
 def test_evaluate_prints_a_table_or_one_object(cli: Cli, pruned: Path, tiny_model_dir: Path, quick: tuple[object, ...]) -> None:
