@@ -67,7 +67,7 @@ class RecoverConfig(BaseModel):
         try:
             return cls.model_validate({name: value for name, value in fields.items() if value is not None})
         except ValidationError as error:
-            raise ConfigError(describe(error)) from None
+            raise ConfigError(describe(error, cls.model_fields)) from None
 
     @property
     def learning_rate(self) -> float:

@@ -443,9 +443,9 @@ class PruneConfig(BaseModel):
         return tuple(found.values())
 
 
-def describe(error: ValidationError) -> str:
+def describe(error: ValidationError, fields: Iterable[str] = tuple(PruneConfig.model_fields)) -> str:
     """One line for a pydantic error: field, what was given, what is allowed."""
-    known = ", ".join(PruneConfig.model_fields)
+    known = ", ".join(fields)
     parts = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "config"
