@@ -28,7 +28,6 @@ from llmprune.io.render import (
     count,
     duration,
     number,
-    pair_speeds,
     percent,
     permutation_line,
     rate,
@@ -42,7 +41,7 @@ from llmprune.io.render import (
 )
 from llmprune.io.structure_text import latency_line, removed_units, search_line
 from llmprune.report import Latency, Packed, Report, Speed, StructureReport
-from llmprune.speed import overlap
+from llmprune.speed import overlap, pair_speeds
 from llmprune.speed_tables import print_benchmark
 from llmprune.terminal import add_row, make_table
 from llmprune.terminal import printable as printable
@@ -158,7 +157,7 @@ def _structure(report: Report, structure: StructureReport) -> Table:
 
 def _speed(latency: Latency) -> Table:
     table = make_table("Tokens per second", "batch", "tokens", "dense", "pruned", "ratio")
-    for dense, pruned in pair_speeds(latency):
+    for dense, pruned in pair_speeds(latency.dense, latency.pruned):
         sizes = (str(dense.batch_size), count(dense.num_tokens))
         add_row(table, dense.phase, *sizes, rate(dense.tokens_per_second), *_pruned_speed(dense, pruned))
     return table

@@ -5,7 +5,7 @@ Seconds are medians unless they say otherwise; ``quartiles`` are the first and t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
@@ -216,6 +216,12 @@ def pair(dense: ModelSpeed | None, packed: ModelSpeed | None) -> tuple[SpeedPair
 def point_of(speed: Speed) -> tuple[str, int, int]:
     """What makes two speeds comparable."""
     return speed.phase, speed.batch_size, speed.num_tokens
+
+
+def pair_speeds(dense: Sequence[Speed], others: Sequence[Speed]) -> list[tuple[Speed, Speed | None]]:
+    """Each dense measurement with the other one of the same phase and sizes."""
+    by_sizes = {point_of(speed): speed for speed in others}
+    return [(speed, by_sizes.get(point_of(speed))) for speed in dense]
 
 
 def judge_speed(benchmark: Benchmark) -> SpeedVerdict:

@@ -32,26 +32,27 @@ def recovery_line(recovery: Recovery, taken: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Course:
-    """A curve in a square of 100 by 100, from 0 at the left to ``end``, and what its other edges stand for."""
+    """A curve: (place, value), the places rising and the values finite, two at least."""
 
-    path: str
-    high: float
-    low: float
-    end: float
-
-    @classmethod
-    def of(cls, refinement: RefinementReport) -> Course | None:
-        """The loss against seconds; None where fewer than two are finite."""
-        return cls.through([(point.seconds, point.loss) for point in refinement.points])
+    points: tuple[tuple[float, float], ...]
 
     @classmethod
     def through(cls, points: Sequence[tuple[float, float]]) -> Course | None:
-        """Through (place, value), the places rising from 0; None where fewer than two values are finite."""
-        points = [(place, value) for place, value in points if math.isfinite(value)]
-        if len(points) < 2:
-            return None
-        values = [value for _, value in points]
-        high, low, end = max(values), min(values), points[-1][0]
-        width, height = end or 1.0, (high - low) or 1.0
-        places = [f"{100 * place / width:.2f} {100 * (high - value) / height:.2f}" for place, value in points]
-        return cls(f"M{'L'.join(places)}", high, low, end)
+        """Without what is not finite; None where fewer than two are left."""
+        finite = tuple(point for point in points if math.isfinite(point[1]))
+        return cls(finite) if len(finite) > 1 else None
+
+    @property
+    def high(self) -> float:
+        """The highest value."""
+        return max(value for _, value in self.points)
+
+    @property
+    def low(self) -> float:
+        """The lowest value."""
+        return min(value for _, value in self.points)
+
+    @property
+    def end(self) -> float:
+        """The last place."""
+        return self.points[-1][0]

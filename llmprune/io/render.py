@@ -1,118 +1,59 @@
 """A report for readers: one self-contained HTML page, Markdown, and the model card of the checkpoint. Torch-free.
 
-The page is complete without scripts and asks the network for nothing (its own Content-Security-Policy forbids it). The
-card holds no time, timing or machine, so that the same job gives the same bytes; only where a packed checkpoint was
-benchmarked it states the speeds and the device.
+The page is complete without its script and asks the network for nothing: its own Content-Security-Policy forbids it, and
+every other script. The card holds no time, timing or machine, so that the same job gives the same bytes; only where a packed
+checkpoint was benchmarked it states the speeds and the device.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmprune.io.course import Course, recovery_line, refinement_line
+from llmprune.io.course import recovery_line, refinement_line
+from llmprune.io.formats import NOTHING as NOTHING
+from llmprune.io.formats import brief as brief
+from llmprune.io.formats import count as count
+from llmprune.io.formats import duration as duration
+from llmprune.io.formats import number as number
+from llmprune.io.formats import percent as percent
+from llmprune.io.formats import rate as rate
+from llmprune.io.formats import size as size
+from llmprune.io.formats import small as small
+from llmprune.io.formats import target_percent as target_percent
+from llmprune.io.formats import times as times
+from llmprune.io.grid import MIN_COLOUR_RANGE, Grid, Group, Shade, expert_tokens, make_grid
+from llmprune.io.plots import standalone
+from llmprune.io.report_plots import plots_of
 from llmprune.io.structure_text import (
-    front_course,
     latency_line,
     removed_units,
-    search_course,
     search_line,
     structure_line,
     widths_of,
 )
-from llmprune.report import Benchmark, BlockReport, Latency, Quality, Report, SiteReport, Speed, Verdict
+from llmprune.report import Benchmark, Quality, Report, Verdict
 from llmprune.spec import Pattern, PruneConfig
-from llmprune.speed import overlap, point_of
+from llmprune.speed import overlap, pair_speeds
 
 TEMPLATES = Path(__file__).parent / "templates"
-NOTHING = "\N{EN DASH}"
-MIN_COLOUR_RANGE = 0.1
+SCRIPT = (TEMPLATES / "plots.js").read_text(encoding="utf-8")
+"""Tips, arrow keys and PNG for plots; a page is complete without it."""
 VERDICTS = {"good": "Good", "degraded": "Degraded but usable", "broken": "Broken", "unmeasured": "Not measured"}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _MARKDOWN = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)//|(?<=www)\.)")
 _BACKTICKS = re.compile(r"`+")
-
-
-def percent(fraction: float | None, digits: int = 2) -> str:
-    """0.5 as ``50.00 %``."""
-    return NOTHING if fraction is None else f"{100 * fraction:.{digits}f} %"
-
-
-def target_percent(fraction: float) -> str:
-    """A sparsity as it was asked for, without trailing zeros: 0.625 as ``62.5 %``."""
-    return f"{100 * fraction:.10g} %"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A float with fixed digits; ``not finite`` for inf and NaN, powers of ten from 100,000 on."""
-    if value is None:
-        return NOTHING
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:.3g}" if abs(value) >= 1e5 else f"{value:,.{digits}f}"
-
-
-def times(ratio: float | None) -> str:
-    """1.0512 as ``1.05x``."""
-    return number(ratio) + ("x" if ratio is not None and math.isfinite(ratio) else "")
-
-
-def small(value: float | None) -> str:
-    """Three significant digits: 0.01234 as ``0.0123``."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    return "0" if value == 0 else f"{value:#.3g}" if 1e-4 <= abs(value) < 100 else f"{value:.2e}"
-
-
-def rate(value: float) -> str:
-    """Tokens per second; tenths only below a thousand."""
-    return number(value, 0 if value >= 1000 else 1)
-
-
-def brief(seconds: float) -> str:
-    """A short time in three digits: ``12.3 µs``, ``4.56 ms``, ``1.20 s``."""
-    scale, unit = next(((scale, unit) for scale, unit in ((1e-3, "µs"), (1.0, "ms")) if seconds < scale), (1e3, "s"))
-    amount = seconds / scale * 1e3
-    digits = 2 if amount < 10 else 1 if amount < 100 else 0
-    return f"{amount:,.{digits}f} {unit}"
-
-
-def count(value: int) -> str:
-    """An integer with thousands separators."""
-    return f"{value:,}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as ``4.2 s``, ``3 min 05 s`` or ``2 h 07 min``."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(num_bytes: int | None) -> str:
-    """Bytes with a binary unit: ``1.19 GiB``."""
-    if num_bytes is None:
-        return NOTHING
-    amount, units = float(num_bytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while amount >= 1024 and unit != "TiB":
-        amount, unit = amount / 1024, next(units)
-    return f"{num_bytes} B" if unit == "B" else f"{amount:.2f} {unit}"
 
 
 def command_line(config: PruneConfig, out: str | None = None) -> str:
@@ -198,12 +139,6 @@ def verdict_parts(verdict: Verdict) -> tuple[str, str]:
     return word, text[:1].upper() + text[1:]
 
 
-def pair_speeds(latency: Latency) -> list[tuple[Speed, Speed | None]]:
-    """Each dense measurement with the pruned one of the same phase and sizes."""
-    pruned = {point_of(speed): speed for speed in latency.pruned}
-    return [(speed, pruned.get(point_of(speed))) for speed in latency.dense]
-
-
 def bar_width(value: float, longest: float) -> str:
     """The length of a bar as a fraction of the longest one, for a style attribute."""
     return f"{value / longest:.3f}" if longest > 0 else "0"
@@ -227,156 +162,6 @@ def how_measured(benchmark: Benchmark) -> str:
 def capitalized(note: str) -> str:
     """A note as a sentence."""
     return f"{note[:1].upper()}{note[1:].rstrip('.')}."
-
-
-@dataclass(frozen=True)
-class Group:
-    """The sites of one block that share a column: one matrix, or a parameter's experts."""
-
-    sites: tuple[SiteReport, ...]
-
-    @property
-    def num_weights(self) -> int:
-        """Weights of all sites."""
-        return sum(site.numel for site in self.sites)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of zeros."""
-        return sum(site.num_zeros for site in self.sites) / max(self.num_weights, 1)
-
-    @property
-    def output_error(self) -> float | None:
-        """The worst of the experts'."""
-        return max((site.output_error for site in self.sites if site.output_error is not None), default=None)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One block of the table: a cell per column, None where the block has no such pruned site."""
-
-    block: BlockReport
-    cells: tuple[Group | None, ...]
-
-    @property
-    def output_error(self) -> float | None:
-        """The largest error of the row's cells, where any was measured."""
-        errors = [cell.output_error for cell in self.cells if cell is not None and cell.output_error is not None]
-        return max(errors, default=None)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """All sites as blocks x columns; a column is labelled by the shortest ending of its path that no other has."""
-
-    labels: tuple[str, ...]
-    rows: tuple[Row, ...]
-
-    @property
-    def totals(self) -> list[tuple[str, Group]]:
-        """(label, its sites in all blocks) per column."""
-        columns = zip(*(row.cells for row in self.rows), strict=True)
-        merged = [Group(tuple(site for cell in column if cell for site in cell.sites)) for column in columns]
-        return list(zip(self.labels, merged, strict=True))
-
-
-def make_grid(blocks: Sequence[BlockReport]) -> Grid:
-    """Arrange the sites of all blocks."""
-    grouped = [_columns(block) for block in blocks]
-    paths = tuple(dict.fromkeys(path for columns in grouped for path in columns))
-    rows = (
-        Row(block, tuple(Group(tuple(columns[path])) if path in columns else None for path in paths))
-        for block, columns in zip(blocks, grouped, strict=True)
-    )
-    return Grid(_shortest_labels(paths), tuple(rows))
-
-
-def _columns(block: BlockReport) -> dict[str, list[SiteReport]]:
-    """The block's sites by path inside the block, expert indices taken out."""
-    local = [(site.name.removeprefix(f"{block.name}."), site) for site in block.sites]
-    siblings = Counter((name.rpartition(".")[0], site.shape) for name, site in local if _ends_in_index(name))
-    columns: dict[str, list[SiteReport]] = {}
-    for name, site in local:
-        index = _expert_position(name, is_slice=siblings[name.rpartition(".")[0], site.shape] > 1)
-        parts = name.split(".")
-        path = name if index is None else ".".join(parts[:index] + parts[index + 1 :])
-        columns.setdefault(path, []).append(site)
-    return columns
-
-
-def _ends_in_index(name: str) -> bool:
-    return name.rpartition(".")[2].isdigit()
-
-
-def _expert_position(name: str, *, is_slice: bool) -> int | None:
-    """Which part of a name is the expert's index: a number after ``experts``, or the last part of a 3-D parameter's."""
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit() and any("expert" in before for before in parts[:position]):
-            return position
-    return len(parts) - 1 if is_slice and _ends_in_index(name) else None
-
-
-def _shortest_labels(paths: Sequence[str]) -> tuple[str, ...]:
-    uses = Counter(ending for path in paths for ending in _endings(path))
-    return tuple(next((ending for ending in _endings(path) if uses[ending] == 1), path) for path in paths)
-
-
-def _endings(path: str) -> list[str]:
-    """``a.b.c`` as c, b.c, a.b.c."""
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
-
-
-@dataclass(frozen=True)
-class ExpertTokens:
-    """How many calibration tokens each expert of a block saw; parameters with the same counts share an entry."""
-
-    labels: tuple[str, ...]
-    tokens: tuple[tuple[int, int], ...]
-
-    @property
-    def num_unseen(self) -> int:
-        """Experts that no calibration token reached."""
-        return sum(tokens == 0 for _, tokens in self.tokens)
-
-
-def expert_tokens(grid: Grid, row: Row) -> list[ExpertTokens]:
-    """The token counts of a block's experts, for every column that holds more than one site."""
-    found: dict[tuple[tuple[int, int], ...], list[str]] = {}
-    for label, cell in zip(grid.labels, row.cells, strict=True):
-        if cell is not None and len(cell.sites) > 1:
-            tokens = tuple((_expert_index(site.name, row.block.name), site.num_tokens) for site in cell.sites)
-            found.setdefault(tokens, []).append(label)
-    return [ExpertTokens(tuple(labels), tokens) for tokens, labels in found.items()]
-
-
-def _expert_index(name: str, block: str) -> int:
-    local = name.removeprefix(f"{block}.")
-    position = _expert_position(local, is_slice=True)
-    assert position is not None, name
-    return int(local.split(".")[position])
-
-
-@dataclass(frozen=True)
-class Shade:
-    """Values mapped to 0..1 for the colour of a cell; equal values stay in the middle of the scale."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float], min_range: float) -> Shade:
-        """The scale of ``values``, at least ``min_range`` wide."""
-        finite = [value for value in values if math.isfinite(value)] or [0.0]
-        spare = max(0.0, min_range - (max(finite) - min(finite))) / 2
-        return cls(min(finite) - spare, max(finite) + spare)
-
-    def __call__(self, value: float) -> str:
-        """Where a value lies on the scale, 0 to 1, for a style attribute."""
-        if not math.isfinite(value):
-            return "1"
-        return f"{(value - self.low) / (self.high - self.low):.2f}" if self.high > self.low else "0.5"
 
 
 def _cells(grid: Grid) -> list[Group]:
@@ -405,7 +190,7 @@ def render_html(report: Report) -> str:
         verdict_word=word,
         verdict_text=sentence,
         worst=worst(report.quality),
-        speeds=pair_speeds(report.latency) if report.latency else [],
+        speeds=pair_speeds(report.latency.dense, report.latency.pruned) if report.latency else [],
         shade_sparsity=Shade.of([cell.sparsity for cell in _cells(grid)], MIN_COLOUR_RANGE),
         shade_error=Shade.of(errors, 0.0) if errors else None,
         experts=[(row, lists) for row in grid.rows if (lists := expert_tokens(grid, row))],
@@ -414,11 +199,23 @@ def render_html(report: Report) -> str:
         permutation=permutation_line(report),
         reconstruction=reconstruction_line(report),
         refinement=refinement_line(report.refinement, duration(report.refinement.seconds)) if report.refinement else None,
-        course=Course.of(report.refinement) if report.refinement else None,
+        plots=plots_of(report),
+        script=SCRIPT,
+        script_digest=_digest(SCRIPT),
         recovery=recovery_line(report.recovery, duration(report.recovery.seconds)) if report.recovery else None,
         command=command_line(report.config, report.out),
         **_structure_parts(report),
     )
+
+
+def _digest(script: str) -> str:
+    """As a Content-Security-Policy names a script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def data_url(svg: str) -> str:
+    """A plot as an address that holds all of it."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(standalone(svg).encode()).decode()}"
 
 
 def _structure_parts(report: Report) -> dict[str, Any]:
@@ -431,8 +228,6 @@ def _structure_parts(report: Report) -> dict[str, Any]:
         "structure_line": structure_line(structure, report.model.num_blocks),
         "search_line": search_line(structure),
         "latency_line": latency_line(structure),
-        "search_course": search_course(structure),
-        "front_course": front_course(structure),
         "width_units": units,
         "widths": widths,
     }
@@ -488,7 +283,7 @@ def render_markdown(report: Report) -> str:
         lines=[line for line in lines if line],
         totals=make_grid(report.blocks).totals,
         removed=removed_units(structure, report.model.num_blocks) if structure else [],
-        speeds=pair_speeds(report.latency) if report.latency else [],
+        speeds=pair_speeds(report.latency.dense, report.latency.pruned) if report.latency else [],
         command=command_line(report.config, report.out),
     )
 
@@ -526,7 +321,7 @@ def quoted(value: str) -> str:
 
 _FILTERS: tuple[Callable[..., Any], ...] = (
     percent, target_percent, recipe, number, times, small, rate, brief, count, duration, size, last_part, markdown, code,
-    code_block, quoted, how_measured, capitalized,
+    code_block, quoted, how_measured, capitalized, data_url,
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ TORCH_FREE = (
     "report", "events", "terminal", "speed_tables", "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options",
     "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",
     "io/structure_text", "io/scale", "io/pareto", "processes", "launching",
-    "cli_report", "io/exports",
+    "cli_report", "io/exports", "io/formats", "io/grid", "io/plots", "io/report_plots",
 )  # fmt: skip
 
 
