@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from llmprune.anatomy.sites import Site, select
 from llmprune.devices import free_bytes, module_device
 from llmprune.engines.gradients import can_gather
 from llmprune.engines.icbs import Refinement, RefineSettings, RefineStep
+from llmprune.engines.sharding import Shares
 from llmprune.errors import ConfigError, DoesNotFit, UnsupportedModel
 from llmprune.events import Event, Progress, Warned
 from llmprune.io.journal import Journal
@@ -104,6 +106,7 @@ class Refining:
         dense: weights [O, I] of the sites from before, by name, on the CPU.
         ids_NS: the calibration tokens, all sequences.
         journal: where the state is kept from time to time, and found again; None keeps nothing.
+        shares: of several processes, of which the first alone has a journal, what this one does.
     """
 
     model: PreTrainedModel
@@ -113,6 +116,7 @@ class Refining:
     ids_NS: Tensor
     device: torch.device
     journal: Journal | None = None
+    shares: Shares = field(default_factory=Shares.alone)
 
     def __post_init__(self) -> None:
         vocab_size = self.model.config.get_text_config().vocab_size
@@ -120,8 +124,7 @@ class Refining:
         self.sites = [site for sites in self.stack.sites for site in select(sites, self.config.skip)]
         self.num_held_out = self.config.num_held_out
         self.scope: Scope = "row" if self.config.scope == "row" else "matrix"
-        name = self.journal.latest(RECORD) if self.journal else None
-        self.before = (name, self.journal.read(name, [_STATE])) if self.journal and name else None
+        self.before = self.shares.by_first(self._recorded)
 
     @property
     def total(self) -> int:
@@ -145,7 +148,7 @@ class Refining:
             DoesNotFit: the device cannot hold the whole model.
             NonFiniteError: gradients stay NaN or inf.
         """
-        self._require_room()
+        self.shares.together(self._require_room)
         with dispatched(self.model, self.device):
             refinement = self._start()
             for message in self._messages(refinement):
@@ -154,11 +157,8 @@ class Refining:
             for step in refinement.run():
                 detail = f"held-out loss {step.held_out:.4f}"
                 yield Progress(stage="refine", done=len(refinement.history) - 1, total=self.total, detail=detail)
-                if self.journal and time.perf_counter() - recorded > SNAPSHOT_SECONDS:
-                    self._record(refinement)
-                    recorded = time.perf_counter()
-            if self.journal:
-                self._record(refinement)
+                recorded = self.shares.by_first(partial(self._record, refinement, recorded + SNAPSHOT_SECONDS))
+            self.shares.by_first(partial(self._record, refinement))
         return self._report(refinement)
 
     def _start(self) -> Refinement:
@@ -166,18 +166,27 @@ class Refining:
         ids_NS = self.ids_NS.to(device)
         refinement = Refinement.of(
             self.model, self.sites, self.dense, ids_NS[: -self.num_held_out], ids_NS[-self.num_held_out :], self.settings,
-            pattern=Pattern.parse(self.config.pattern), scope=self.scope,
+            pattern=Pattern.parse(self.config.pattern), scope=self.scope, shares=self.shares,
         )  # fmt: skip
         if self.before:
-            assert self.journal
             name, data = self.before
-            refinement.restore_(data, self.journal.tensors(name, _STATE))
+            refinement.restore_(data, self.shares.by_first(lambda: self.journal.tensors(name, _STATE) if self.journal else {}))
         return refinement
 
-    def _record(self, refinement: Refinement) -> None:
-        assert self.journal
-        data, tensors = refinement.snapshot()
-        self.journal.write_latest(RECORD, len(refinement.history) - 1, data, {_STATE: tensors})
+    def _recorded(self) -> tuple[str, dict[str, Any]] | None:
+        """The newest state that an earlier process left: its name and plain data."""
+        name = self.journal.latest(RECORD) if self.journal else None
+        return (name, self.journal.read(name, [_STATE])) if self.journal and name else None
+
+    def _record(self, refinement: Refinement, due: float = 0.0) -> float:
+        """Keep the state, if it is time; when that was last done."""
+        now = time.perf_counter()
+        if now < due:
+            return due - SNAPSHOT_SECONDS
+        if self.journal:
+            data, tensors = refinement.snapshot()
+            self.journal.write_latest(RECORD, len(refinement.history) - 1, data, {_STATE: tensors})
+        return now
 
     def _require_room(self) -> None:
         """A mask is changed where it lies: weights that accelerate spreads over several places cannot be refined."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from llmprune.anatomy.sites import Site
 from llmprune.devices import module_device
+from llmprune.engines.sharding import Shares
 
 _PRODUCTS = 1 << 24  # of inputs and output gradients held at once while entries are summed
 
@@ -41,11 +42,11 @@ class SiteGradients:
         """N."""
         return len(self.inputs)
 
-    def mean(self) -> Tensor:
-        """Gradient of the mean loss, fp32 (fp64 for an fp64 model) [O, I]."""
+    def total(self) -> Tensor:
+        """Gradient of the sum of the losses, fp32 (fp64 for an fp64 model) [O, I]; of at least one sequence."""
         total_OI = sum(wide(d_SO).T @ wide(x_SI) for d_SO, x_SI in zip(self.outputs, self.inputs, strict=True))
         assert isinstance(total_OI, Tensor)
-        return total_OI / (self.num_sequences * self.scale)
+        return total_OI / self.scale
 
     def at(self, row_V: Tensor, column_V: Tensor) -> Tensor:
         """Entries (row, column) of every sequence's gradient, fp32 (fp64 for an fp64 model) [N, V]."""
@@ -110,23 +111,39 @@ def mean_loss(model: PreTrainedModel, ids_NS: Tensor, *, batch_size: int = 1) ->
 
 
 @torch.no_grad()
-def input_norms(model: PreTrainedModel, sites: Sequence[Site], ids_NS: Tensor, *, batch_size: int = 1) -> dict[str, Tensor]:
-    """Euclidean norm of every input feature over all tokens, by site name, fp32 [I]."""
-    squares: dict[str, Tensor] = {}
+def input_norms(
+    model: PreTrainedModel, sites: Sequence[Site], ids_NS: Tensor, *, batch_size: int = 1, shares: Shares | None = None
+) -> dict[str, Tensor]:
+    """Euclidean norm of every input feature over all tokens, by site name, fp32 [I]; several processes share them out."""
+    shares = shares or Shares.alone()
+    own_NS, squares = shares.part(ids_NS), dict[str, Tensor]()
 
     def add(name: str, x: Tensor) -> None:
         part_I = x.detach().reshape(-1, x.shape[-1]).float().square().sum(0)
         squares[name] = squares[name] + part_I if name in squares else part_I
 
-    handles = [
-        site.module.register_forward_hook(lambda _module, args, _output, name=site.name: add(name, args[0])) for site in sites
-    ]
-    try:
-        mean_loss(model, ids_NS, batch_size=batch_size)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: square_I.sqrt() for name, square_I in squares.items()}
+    def run() -> list[str]:
+        handles = [
+            site.module.register_forward_hook(lambda _module, args, _output, name=site.name: add(name, args[0]))
+            for site in sites
+        ]
+        try:
+            if len(own_NS):
+                mean_loss(model, own_NS, batch_size=batch_size)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return list(squares)
+
+    seen = {name for names in shares.together(run) for name in names}
+    norms = {}
+    for site in sites:
+        if site.name in seen:
+            square_I = squares.get(site.name)
+            square_I = torch.zeros(site.shape[1], device=site.stored.device) if square_I is None else square_I
+            shares.sum_(square_I)
+            norms[site.name] = square_I.sqrt()
+    return norms
 
 
 @contextmanager

@@ -5,6 +5,9 @@ mask, models the change of the loss to second order in them, and solves for whic
 Kept weights carry their dense values; nothing is retrained. Beyond the paper: a step that raises the loss on a held-out
 batch is undone, several sites can share a backward pass, and rows or n:m groups can keep their counts.
 
+Several processes share the sequences of a step and of the held-out batch, whose gradients and losses add up, and the sites of a
+step, of which each is chosen from and solved by one of them.
+
 Written from the paper's mathematics. A patent application on the method has been published (US 2026/0094048 A1).
 N sequences, O out, I in features, V variables of a block.
 """
@@ -16,6 +19,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +29,10 @@ from transformers import PreTrainedModel
 from llmprune.anatomy.sites import Site
 from llmprune.engines.candidates import SiteState, allocate_steps
 from llmprune.engines.curvature import exact_hessian, positive_factor
-from llmprune.engines.gradients import SiteGradients, can_gather, gather, input_norms, mean_loss
+from llmprune.engines.gradients import SiteGradients, can_gather, gather, input_norms, mean_loss, wide
 from llmprune.engines.icbs_settings import RefineSettings as RefineSettings
 from llmprune.engines.icbs_settings import RefineStep as RefineStep
+from llmprune.engines.sharding import Shares
 from llmprune.errors import NonFiniteError
 from llmprune.solvers.problem import BlockProblem
 from llmprune.solvers.solve import solve
@@ -77,6 +82,7 @@ class Refinement:
         states: the sites under refinement, by name.
         ids_NS: sequences to learn from.
         held_out_NS: sequences that judge the steps; empty keeps every step.
+        shares: of several processes what this one does; each of them has the model and all sequences.
         history: a record per backward pass, after one of the start.
         stopped: why it ended, when it has.
     """
@@ -86,6 +92,7 @@ class Refinement:
     ids_NS: Tensor
     held_out_NS: Tensor
     settings: RefineSettings
+    shares: Shares = field(default_factory=Shares.alone)
     history: list[RefineStep] = field(default_factory=list, init=False)
     stopped: str = field(default="", init=False)
 
@@ -110,6 +117,7 @@ class Refinement:
         *,
         pattern: Pattern | None = None,
         scope: Scope = "matrix",
+        shares: Shares | None = None,
     ) -> Refinement:
         """Refinement of a model as a method left it.
 
@@ -125,12 +133,14 @@ class Refinement:
             settings: how.
             pattern: an n:m pattern is kept group by group.
             scope: ``row`` keeps every row's number of zeros, else the site's is kept.
+            shares: of several processes what this one does.
 
         Raises:
             ValueError: a kept weight is not the dense one.
         """
+        shares = shares or Shares.alone()
         reached = [site for site in sites if can_gather(site)]
-        norms = input_norms(model, reached, ids_NS[: settings.num_sequences], batch_size=settings.batch_size)
+        norms = input_norms(model, reached, ids_NS[: settings.num_sequences], batch_size=settings.batch_size, shares=shares)
         states = {}
         for site in reached:
             if site.name not in norms:
@@ -145,7 +155,7 @@ class Refinement:
                 tabu=settings.tabu,
                 block_size=settings.block_size,
             )
-        return cls(model, states, ids_NS, held_out_NS, settings)
+        return cls(model, states, ids_NS, held_out_NS, settings, shares)
 
     @property
     def crowded(self) -> list[str]:
@@ -201,7 +211,7 @@ class Refinement:
         blocks, loss = self._blocks(group, self._next_batch())
         for _ in range(1 + self.settings.retries):
             ridge = self.ridge
-            moves = [self._solve(block) for block in blocks]
+            moves = self._solve(blocks)
             predicted = sum(move.change for move in moves)
             num_swaps, accepted = sum(move.write_() for move in moves), True
             if not num_swaps:
@@ -225,22 +235,33 @@ class Refinement:
 
     def _blocks(self, group: Sequence[str], ids_NS: Tensor) -> tuple[list[_Block], float]:
         """One block of every site of a group with its second-order model, and the mean loss before."""
-        settings = self.settings
-        sites = [self.states[name].site for name in group]
-        gradients, loss = gather(self.model, sites, ids_NS, batch_size=settings.batch_size, scale=self.scale)
+        settings, shares = self.settings, self.shares
+        sites, own_NS = [self.states[name].site for name in group], shares.part(ids_NS)
+        gradients: dict[str, SiteGradients] = {}
+
+        def differentiate() -> float:
+            found, loss = gather(self.model, sites, own_NS, batch_size=settings.batch_size, scale=self.scale)
+            gradients.update(found)
+            return loss
+
+        loss = shares.mean(len(own_NS), differentiate)
+        seen = shares.together(lambda: [own.num_sequences == len(own_NS) for own in gradients.values()])
         blocks = []
-        for name in group:
-            found = gradients.pop(name)
-            if found.num_sequences != len(ids_NS):  # not called, or more than once
+        for number, name in enumerate(group):
+            if not all(once[number] for once in seen if once):  # not called, or more than once
+                gradients.pop(name, None)
                 continue
-            block = self._block(self.states[name], found, ids_NS)
+            block = self._block(self.states[name], gradients.pop(name, None), ids_NS)
             if block is None:  # not finite
                 self.scale /= 2
-                if self.scale < _MIN_SCALE or not math.isfinite(loss):
-                    raise NonFiniteError(f"{name}: its gradients hold NaN or inf. Use --dtype float32 or bfloat16.")
+                shares.together(partial(self._check_scale, name, loss))
                 return [], loss
             blocks.append(block)
         return blocks, loss
+
+    def _check_scale(self, name: str, loss: float) -> None:
+        if self.scale < _MIN_SCALE or not math.isfinite(loss):
+            raise NonFiniteError(f"{name}: its gradients hold NaN or inf. Use --dtype float32 or bfloat16.")
 
     def _trust(self, predicted: float, measured: float, accepted: bool) -> None:
         """A larger ridge where the model of the loss promised too much; a smaller one where it kept a tenth of its word
@@ -253,42 +274,79 @@ class Refinement:
         else:
             self.ridge = max((2 if accepted else 4) * self.ridge, _FIRST_RIDGE)
 
-    def _block(self, state: SiteState, gradients: SiteGradients, ids_NS: Tensor) -> _Block | None:
-        """The weights of a site that are tried, and the model of the loss in them; None if not finite."""
-        settings = self.settings
-        mean_OI = gradients.mean()
+    def _block(self, state: SiteState, gradients: SiteGradients | None, ids_NS: Tensor) -> _Block | None:
+        """The weights of a site that are tried, and the model of the loss in them; None if not finite.
+
+        Args:
+            gradients: of this process's sequences; None where it has none.
+            ids_NS: the sequences of all.
+        """
+        settings, shares = self.settings, self.shares
+        stored = state.site.stored
+        zero = wide(stored.new_zeros(()))
+        mean_OI = gradients.total() if gradients else zero.repeat(state.site.shape)
+        shares.sum_(mean_OI)
+        mean_OI /= len(ids_NS)
         if not bool(torch.isfinite(mean_OI).all()):
             return None
         count = settings.pruned_of_block
-        score_OI = (state.dense_OI.to(mean_OI.device) * mean_OI).abs()
-        index_V = state.select(score_OI, count, settings.block_size - count)
+
+        def select() -> Tensor:
+            score_OI = (state.dense_OI.to(mean_OI.device) * mean_OI).abs()
+            return state.select(score_OI, count, settings.block_size - count).cpu()
+
+        index_V = shares.by_first(select).to(mean_OI.device)
         rows_V, columns_V = state.rows_and_columns(index_V)
+        own_N, own_NS = shares.part(torch.arange(len(ids_NS))), shares.part(ids_NS)
         if settings.hessian == "exact":
-            hessian_VV = exact_hessian(self.model, state.site, ids_NS, rows_V, columns_V, batch_size=settings.batch_size)
-            factor_NV, shift = positive_factor(hessian_VV)
+            hessian_VV = zero.repeat(len(index_V), len(index_V))
+            if len(own_NS):
+                hessian_VV += len(own_NS) * exact_hessian(
+                    self.model, state.site, own_NS, rows_V, columns_V, batch_size=settings.batch_size
+                )
+            shares.sum_(hessian_VV)
+            factor_NV, shift = positive_factor(hessian_VV / len(ids_NS))
         else:
-            factor_NV, shift = gradients.at(rows_V, columns_V) / math.sqrt(gradients.num_sequences), 0.0
+            factor_NV, shift = zero.repeat(len(ids_NS), len(index_V)), 0.0
+            if gradients:
+                factor_NV[own_N] = gradients.at(rows_V, columns_V) / math.sqrt(len(ids_NS))
+            shares.sum_(factor_NV)
         dense_V = state.dense_at(rows_V, columns_V).to(mean_OI.dtype)
         return _Block(state, index_V, dense_V, mean_OI[rows_V, columns_V], factor_NV, shift)
 
-    def _solve(self, block: _Block) -> _Move:
-        """Which weights of a block to prune, by the ridge of this moment."""
-        settings, state = self.settings, block.state
-        before_V = state.pruned_W[block.index_V]
-        problem = BlockProblem.of_loss(
+    def _solve(self, blocks: Sequence[_Block]) -> list[_Move]:
+        """Which weights of the blocks to prune, by the ridge of this moment; each block is solved in one process."""
+        options = [self._options() for _ in blocks]  # drawn for all blocks in every process
+        own = range(self.shares.rank, len(blocks), self.shares.size)
+
+        def work() -> dict[int, tuple[Tensor, float]]:
+            solved = {number: solve(self._problem(blocks[number]), self.settings.solver, **options[number]) for number in own}
+            return {number: (solution.pruned_V.cpu(), solution.change) for number, solution in solved.items()}
+
+        found = {number: pair for part in self.shares.together(work) for number, pair in part.items()}
+        moves = []
+        for number, block in enumerate(blocks):
+            before_V, (after_V, change) = block.state.pruned_W[block.index_V], found[number]
+            moves.append(_Move(block.state, block.index_V, before_V, after_V.to(before_V.device), change))
+        return moves
+
+    def _problem(self, block: _Block) -> BlockProblem:
+        state = block.state
+        return BlockProblem.of_loss(
             block.dense_V,
-            before_V,
+            state.pruned_W[block.index_V],
             block.gradient_V,
             block.factor_NV,
-            multiplier=settings.multiplier,
+            multiplier=self.settings.multiplier,
             ridge=self.ridge - block.shift / 2,
             group_V=None if state.group_size == state.pruned_W.numel() else block.index_V // state.group_size,
         )
-        options = dict(settings.solver_options)
-        if settings.solver == "anneal":
+
+    def _options(self) -> dict[str, Any]:
+        options = dict(self.settings.solver_options)
+        if self.settings.solver == "anneal":
             options.setdefault("seed", int(torch.randint(2**31, (), generator=self.generator)))
-        solution = solve(problem, settings.solver, **options)
-        return _Move(state, block.index_V, before_V, solution.pruned_V, solution.change)
+        return options
 
     def _next_group(self) -> list[str] | None:
         """Sites of the next backward pass; None after the last."""
@@ -332,7 +390,8 @@ class Refinement:
     def _judge(self) -> float:
         if not len(self.held_out_NS):
             return math.nan
-        return mean_loss(self.model, self.held_out_NS, batch_size=self.settings.batch_size)
+        own_NS = self.shares.part(self.held_out_NS)
+        return self.shares.mean(len(own_NS), lambda: mean_loss(self.model, own_NS, batch_size=self.settings.batch_size))
 
     def _plateau(self) -> bool:
         patience = self.settings.patience

@@ -86,6 +86,8 @@ class Walk:
         targets: what each site is to become by name, from an allocation; the config's own for the others.
         supports: which weights of each site stay, bool [O, I] by name; where there are any, they take the method's place.
         shares: of several processes that walk together what this one does; None where it is alone.
+        parts: of several processes that reconstruct, for each batch of all sequences which of this one's batches is its part
+            of it, None where it has none.
         needs: the statistics that are collected, the method's own unless more is asked for.
         statistics: where those of the dense model's blocks may be found, and are put; only for a walk that meets dense blocks.
     """
@@ -97,6 +99,7 @@ class Walk:
     targets: Mapping[str, Target] = field(default_factory=dict)
     supports: Mapping[str, Tensor] = field(default_factory=dict)
     shares: Shares | None = None
+    parts: Sequence[int | None] | None = None
     hidden: HiddenStates = field(init=False)
     dense: HiddenStates = field(init=False)
 
@@ -254,7 +257,7 @@ class Walk:
             share = steps if rounds == 1 else steps // 2 if number == rounds else -(-steps // (2 * (rounds - 1)))
             before = sum(one.steps for one in tuned)
             tuning = reconstruct_(block, sites, replay, self.dense, steps=max(share, 1), lr=self.config.reconstruct_lr,
-                                  generator=generator)  # fmt: skip
+                                  generator=generator, parts=self.parts, shares=self.shares)  # fmt: skip
             while True:
                 try:
                     done = before + next(tuning)

@@ -4,6 +4,9 @@ Minimises ||f(X; W * M) - Y||_F^2 over the kept weights by Adam (arXiv 1412.6980
 the pruned blocks before it leave them, M the fixed support and Y the dense model's hidden states after this block. Block-wise
 targets are those of BRECQ (arXiv 2102.05426, eq. 10). Norms, biases, convolutions and routers stay as they are.
 
+Of several processes each has some sequences of every batch: errors and gradients, which are sums over sequences, are added up,
+and all take the step that one process with all sequences would take.
+
 N sequences of one batch, S sequence, H hidden.
 """
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmprune.anatomy.sites import Site
+from llmprune.engines.sharding import Shares
 from llmprune.report import Reconstruction
 
 Replay = Callable[[Callable[..., Any], int], Tensor]
@@ -50,6 +54,65 @@ class _Tuned:
         return torch.where(self.keep, self.master.to(self.parameter.dtype), self.parameter.detach())
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What is minimised: the distance of the block's outputs from the targets, over the sequences of all processes.
+
+    Attributes:
+        parts: for each batch, which of ``targets`` has this process's sequences of it; None where it has none.
+    """
+
+    block: nn.Module
+    tuned: Sequence[_Tuned]
+    replay: Replay
+    targets: Sequence[Tensor]
+    parts: Sequence[int | None]
+    shares: Shares
+
+    def norms(self) -> list[float]:
+        """||Y||_F^2 of each batch."""
+        found = self.shares.together(lambda: [self._norm(part) for part in self.parts])
+        return [sum(squares) for squares in zip(*found, strict=True)]
+
+    @torch.no_grad()
+    def lost(self, batches: range) -> float:
+        """||f(X; W) - Y||_F^2 over some batches."""
+        own = [part for part in self.parts[batches.start : batches.stop] if part is not None]
+        return sum(self.shares.together(lambda: sum(float(self._square_error(part)) for part in own)))
+
+    def gradients(self, batch: int, masters: Sequence[Tensor], unit: float) -> list[Tensor | None] | None:
+        """Of ``unit`` times the square error of one batch, by each master; None where it depends on none of them: only experts
+        that no token of this batch reached.
+        """
+        part = self.parts[batch]
+        found: list[Tensor | None] = [None] * len(masters)
+
+        def differentiate() -> list[bool]:
+            if part is not None:
+                with torch.enable_grad():
+                    loss = self._square_error(part) * unit
+                    if loss.requires_grad:
+                        found[:] = torch.autograd.grad(loss, masters, allow_unused=True)
+            return [gradient is not None for gradient in found]
+
+        reached = [any(flags) for flags in zip(*self.shares.together(differentiate), strict=True)]
+        for number, (master, anywhere) in enumerate(zip(masters, reached, strict=True)):
+            if anywhere and self.shares.size > 1:
+                gradient = found[number]
+                found[number] = gradient = torch.zeros_like(master) if gradient is None else gradient.contiguous()
+                self.shares.sum_(gradient)
+        return found if any(reached) else None
+
+    def _norm(self, part: int | None) -> float:
+        return 0.0 if part is None else float(self.targets[part].float().square().sum(dtype=torch.float64))
+
+    def _square_error(self, part: int) -> Tensor:
+        """||f(X; W) - Y||_F^2 of this process's sequences of one batch, fp32."""
+        weights = {item.name: item.weight() for item in self.tuned}
+        output_NSH = self.replay(lambda *args, **kwargs: functional_call(self.block, weights, args, kwargs), part)
+        return (output_NSH.float() - self.targets[part].to(output_NSH.device).float()).square().sum()
+
+
 def num_held_out(num_batches: int) -> int:
     """How many of the batches are held out: at least one of at least two."""
     assert num_batches > 1, "PruneConfig and the choice of the batch see to it"
@@ -65,6 +128,8 @@ def reconstruct_(
     steps: int,
     lr: float,
     generator: torch.Generator,
+    parts: Sequence[int | None] | None = None,
+    shares: Shares | None = None,
 ) -> Generator[int, None, Reconstruction]:
     """Tune the nonzero weights of the block's sites in place; zeros stay zeros. Yields the number of steps done.
 
@@ -79,33 +144,41 @@ def reconstruct_(
         block: the pruned block, on the device it computes on.
         sites: those whose weights may move; at least one.
         replay: runs the block on one batch.
-        targets: per batch what the block should put out, [N, S, H].
+        targets: per batch what the block should put out, [N, S, H]; of several processes the sequences of this one.
         steps: Adam steps at most, of one batch each.
         lr: relative size of the first steps.
         generator: CPU generator that shuffles the batches.
+        parts: for each batch the number of its part in ``targets``, None for a batch that this process has no sequence of; by
+            default every target is a batch.
+        shares: of several processes that tune the block together, each with a copy, this one's.
     """
     begun = time.perf_counter()
-    tuned = _tuned(block, sites)
-    first_held_out = len(targets) - num_held_out(len(targets))
-    held_out = range(first_held_out, len(targets))
-    before = best = _error(block, tuned, replay, targets, held_out)
+    tuned, shares = _tuned(block, sites), shares or Shares.alone()
+    fit = _Fit(block, tuned, replay, targets, range(len(targets)) if parts is None else parts, shares)
+    num_batches = len(fit.parts)
+    first_held_out = num_batches - num_held_out(num_batches)
+    held_out, norms = range(first_held_out, num_batches), fit.norms()
+    whole = sum(norms[first_held_out:])
+
+    def measure() -> float:
+        """||f(X; W) - Y||_F^2 / ||Y||_F^2 over the held-out batches."""
+        return fit.lost(held_out) / whole if whole > 0 else 0.0
+
+    before = best = measure()
     masters = [item.master.requires_grad_() for item in tuned]
     kept = [master.detach().clone() for master in masters]
     rates = [lr * _rms(item) for item in tuned]
     every = -(-steps // NUM_CHECKS)
     order: list[int] = []
-    unit = [_unit(before, targets[batch]) for batch in range(first_held_out)]
     falls = iter(RATE_FALLS)
     optimizer, factor = _adam(masters, rates), next(falls)
     done = stale = 0
     while done < steps and before > 0:
         order = order or torch.randperm(first_held_out, generator=generator).tolist()
         batch = order.pop()
-        with torch.enable_grad():
-            loss = _square_error(block, tuned, replay, targets[batch], batch) * unit[batch]
-            if not loss.requires_grad:
-                break  # only experts that this batch did not reach
-            gradients = torch.autograd.grad(loss, masters, allow_unused=True)
+        gradients = fit.gradients(batch, masters, _unit(before * norms[batch], targets[0].shape[-1]))
+        if gradients is None:
+            break
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient  # zero where not kept: those weights do not depend on it
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -113,7 +186,7 @@ def reconstruct_(
         optimizer.step()
         done += 1
         if done % every == 0 or done == steps:
-            error = _error(block, tuned, replay, targets, held_out)
+            error = measure()
             if error < best:  # never true of NaN
                 best, stale = error, 0
                 _copy_(kept, masters)
@@ -131,6 +204,7 @@ def reconstruct_(
         for item in tuned:
             weight = item.weight().detach()
             item.parameter.data.copy_(torch.where(item.keep & (weight == 0), 0.0, weight))  # a cast's zeros are +0.0
+            shares.give_(item.parameter.detach(), 0)  # other hardware rounds otherwise
     return Reconstruction(
         error_before=before,
         error_after=best,
@@ -177,22 +251,8 @@ def _rms(item: _Tuned) -> float:
     return math.sqrt(float(item.master.detach().square().sum(dtype=torch.float64)) / count) if count else 0.0
 
 
-def _unit(error: float, target_NSH: Tensor) -> float:
-    """The scale of a batch's loss that makes the gradients of the weights of about one: inside the range of fp16."""
-    square = error * float(target_NSH.float().square().sum(dtype=torch.float64))
-    return math.sqrt(target_NSH.shape[-1] / max(square, 1e-30)) / 2
-
-
-def _square_error(block: nn.Module, tuned: Sequence[_Tuned], replay: Replay, target_NSH: Tensor, batch: int) -> Tensor:
-    """||f(X; W) - Y||_F^2 of one batch, fp32."""
-    weights = {item.name: item.weight() for item in tuned}
-    output_NSH = replay(lambda *args, **kwargs: functional_call(block, weights, args, kwargs), batch)
-    return (output_NSH.float() - target_NSH.to(output_NSH.device).float()).square().sum()
-
-
-@torch.no_grad()
-def _error(block: nn.Module, tuned: Sequence[_Tuned], replay: Replay, targets: Sequence[Tensor], batches: range) -> float:
-    """||f(X; W) - Y||_F^2 / ||Y||_F^2 over some batches."""
-    lost = sum(float(_square_error(block, tuned, replay, targets[batch], batch)) for batch in batches)
-    whole = sum(float(targets[batch].float().square().sum(dtype=torch.float64)) for batch in batches)
-    return lost / whole if whole > 0 else 0.0
+def _unit(square: float, width: int) -> float:
+    """The scale of a batch's loss, about ``square``, that makes the gradients of the weights of about one: inside the range of
+    fp16.
+    """
+    return math.sqrt(width / max(square, 1e-30)) / 2

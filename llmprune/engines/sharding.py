@@ -1,9 +1,9 @@
-"""Several processes that walk over one model: each holds the hidden states of its own calibration sequences.
+"""Several processes that work on one model: each has some of the calibration sequences.
 
-Statistics of a site's inputs are sums over tokens, so those of all processes add up to the statistics of the whole set. Every
-site is solved by one process, and its weight given to the others, so that all hold the same model after every block. Nothing
-here depends on when a process comes: sums are taken in the order of the processes, and a job that is done again ends in the
-same bytes.
+Statistics of a site's inputs are sums over tokens, and gradients are sums over sequences, so those of all processes add up to
+those of the whole set. Every site is solved by one process, and its weight given to the others, so that all hold the same model
+after every block. Nothing here depends on when a process comes: sums are taken in the order of the processes, and a job that is
+done again ends in the same bytes.
 
 N sequences of S tokens, I in and O out features.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as count_up
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -37,7 +39,9 @@ Collect = Callable[[Mapping[str, Site], bool], dict[str, LinearStats]]
 
 @dataclass(frozen=True)
 class Shares:
-    """What one of several processes does of a walk. All of them have to make the same calls in the same order.
+    """What one of several processes does of a job. All of them have to make the same calls in the same order.
+
+    Of size 1 it does all, and there is nobody to talk to.
 
     Attributes:
         rank: which one this is.
@@ -54,14 +58,30 @@ class Shares:
         """Those of this process, which have met."""
         return cls(own_number(), num_processes(), device)
 
+    @classmethod
+    def alone(cls) -> Shares:
+        """All there is to do."""
+        return cls(0, 1, torch.device("cpu"))
+
     def rows(self, ids_NS: Tensor) -> Tensor:
-        """This process's own sequences: neighbours, and in no process more than one more than in another."""
+        """This process's own sequences: dealt in turn, so that every process has as many of each batch, to one."""
         if len(ids_NS) < self.size:
             raise ConfigError(
                 f"{self.size} processes need a calibration sequence each, got {len(ids_NS)}. Use more --num-samples, or start "
                 "fewer processes."
             )
-        return self.part(ids_NS)
+        return ids_NS[self.rank :: self.size]
+
+    def batches(self, ids_NS: Tensor, batch_size: int) -> tuple[Sequence[Tensor], list[int | None]]:
+        """Of every batch of all sequences those that are this process's own, where it has any; and for every batch which of
+        these they are.
+        """
+        ends = [*range(0, len(ids_NS), batch_size), len(ids_NS)]
+        counts = [len(range(self.rank, after, self.size)) - len(range(self.rank, before, self.size))
+                  for before, after in pairwise(ends)]  # fmt: skip
+        batches = self.rows(ids_NS).split([count for count in counts if count])
+        number = count_up()
+        return batches, [next(number) if count else None for count in counts]
 
     def part(self, ids_NS: Tensor) -> Tensor:
         """This process's part of some sequences, which may be none of them."""
@@ -74,11 +94,16 @@ class Shares:
             with memory_errors():
                 return work()
 
-        return together(guarded)
+        return [work()] if self.size == 1 else together(guarded)
 
     def by_first(self, work: Callable[[], A]) -> A:
         """What ``work()`` returns in the first process."""
-        return first_says(work)
+        return work() if self.size == 1 else first_says(work)
+
+    def mean(self, count: int, work: Callable[[], float]) -> float:
+        """The mean of what ``work()`` finds in every process for its ``count`` sequences; it is not called for none."""
+        parts = self.together(lambda: (count, work() if count else 0.0))
+        return sum(count * value for count, value in parts) / sum(count for count, _ in parts)
 
     # Statistics -----------------------------------------------------------------------------------------------------
 
@@ -128,6 +153,8 @@ class Shares:
         """
         from torch.distributed import all_gather, all_to_all_single
 
+        if self.size == 1:
+            return
         flat = tensor.reshape(-1)
         for piece in flat.split(_PIECE):
             padded = piece.new_zeros(-(-len(piece) // self.size) * self.size, device=self.device)
@@ -170,6 +197,8 @@ class Shares:
         """Make a tensor in all processes what it is in one of them, in place and bit for bit."""
         from torch.distributed import broadcast
 
+        if self.size == 1:
+            return
         moved = tensor.to(self.device).contiguous()
         with peers():
             broadcast((moved if moved.dim() else moved[None]).view(torch.uint8), source)

@@ -74,9 +74,10 @@ def _too_few_tokens(job: JobState) -> str | None:
 def _choose_batch_size(job: JobState) -> int:
     assert job.model is not None
     hidden_size = job.model.config.get_text_config().hidden_size
+    num_processes = job.shares.size if job.shares and not job.config.reconstruct else 1  # they take steps on one batch
     return memory.choose_batch_size(
         [site for sites in job.stack.sites for site in sites],
-        num_samples=-(-job.config.num_samples // (job.shares.size if job.shares else 1)),
+        num_samples=-(-job.config.num_samples // num_processes),
         seq_len=job.seq_len,
         hidden_size=hidden_size,
         itemsize=job.model.dtype.itemsize,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmprune.devices import memory_errors, own_device, pick_device
 from llmprune.engines.sharding import Shares
-from llmprune.errors import ConfigError, FactorizationError, LlmpruneError, NonFiniteError, OutputError
+from llmprune.errors import FactorizationError, LlmpruneError, NonFiniteError, OutputError
 from llmprune.events import Event, Finished
 from llmprune.io import checkpoint
 from llmprune.io.journal import difference
@@ -24,7 +24,7 @@ from llmprune.io.text import check_source
 from llmprune.job.calibrating import calibrate, open_journal
 from llmprune.job.loading import load
 from llmprune.job.measuring import benchmark, measure_dense, measure_pruned
-from llmprune.job.pruning import allocate, prune, reconstruct, refine, same_weights, structure, structuring_of
+from llmprune.job.pruning import allocate, prune, reconstruct, refine, structure, structuring_of
 from llmprune.job.saving import save
 from llmprune.job.state import JobState, config_fields
 from llmprune.methods import method_of
@@ -58,8 +58,7 @@ class Job(JobState):
                 else:
                     yield from allocate(self)
                     yield from prune(self)
-                    yield from self._by_first(refine(self))
-                    same_weights(self)
+                    yield from refine(self)
                     yield from reconstruct(self)
                 yield from measure_pruned(self)
                 yield from self._by_first(benchmark(self))
@@ -84,8 +83,6 @@ class Job(JobState):
         if self.shared:
             self.device = own_device(config.device)
         self.shares = Shares.of(self.device) if self.shared and structure is None else None
-        if self.shares and config.reconstruct:
-            raise ConfigError("reconstruct is the work of one process. Start one, or several with --no-reconstruct.")
         if not self.first:
             self.out = None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+
+from torch import Tensor
 
 from llmprune.allocation import Sharing, targets_of_sites
 from llmprune.anatomy.blocks import Recording
 from llmprune.engines.layerwise import Walk, block_messages, shared_sites
 from llmprune.engines.permute import permutation_messages
+from llmprune.engines.sharding import Shares
 from llmprune.events import BlockFinished, Event, Progress, Warned
 from llmprune.hidden import HiddenStates
 from llmprune.io.statistics import Statistics, statistics_of
@@ -78,7 +81,7 @@ def prune(job: JobState) -> Iterator[Event]:
     known = statistics is not None and statistics.complete(start)  # then no block has to run
     recording = Recording() if known else _recording(job)
     targets = targets_of_sites(job.config, job.allocation)
-    walk = Walk(job.stack, recording, config, job.device, targets, shares=job.shares)
+    walk = Walk(job.stack, recording, config, job.device, targets, shares=job.shares, parts=_batches(job)[1])
     walk.statistics = statistics
     job.walk_kind = walk.kind
     journaled = JournaledWalk(job.model, walk, job.journal, own=job.own)
@@ -135,20 +138,19 @@ def refine(job: JobState) -> Iterator[Event]:
         return
     clock = job.clock("refine")
     assert job.model is not None
-    refining = Refining(job.model, job.stack, job.config, job.dense_weights, job.calibration.ids_NS, job.device, job.journal)
+    refining = Refining(
+        job.model, job.stack, job.config, job.dense_weights, job.calibration.ids_NS, job.device, job.journal,
+        job.shares or Shares.alone(),
+    )  # fmt: skip
     yield clock.started(refining.total, resumed_at=refining.done)
     before = refining.seconds_before
     job.refinement = yield from job.noted(refining.run())
     if not job.config.reconstruct:
         job.dense_weights = {}
-    yield clock.finished(before + clock.seconds)
-
-
-def same_weights(job: JobState) -> None:
-    """Give all processes the mask that the first refined."""
-    if job.shares and job.config.refine != "none":
+    if job.shares:
         for block in job.stack.blocks:
-            job.shares.same_(block)
+            job.shares.same_(block)  # other hardware may have frozen other weights
+    yield clock.finished(before + clock.seconds)
 
 
 def reconstruct(job: JobState) -> Iterator[Event]:
@@ -159,8 +161,10 @@ def reconstruct(job: JobState) -> Iterator[Event]:
     yield clock.started(total, resumed_at=job.journal.num_blocks(_TUNED) if job.journal else 0)
     assert job.model is not None
     supports = put_back(job.sites(), job.dense_weights)
-    walk = Walk(job.stack, _recording(job), job.config, job.device, supports=supports)
-    journaled = JournaledWalk(job.model, walk, job.journal, _TUNED)
+    walk = Walk(
+        job.stack, _recording(job), job.config, job.device, supports=supports, shares=job.shares, parts=_batches(job)[1]
+    )
+    journaled = JournaledWalk(job.model, walk, job.journal, _TUNED, job.own)
     recorded = journaled.restore()
     before = sum(block.seconds for block in recorded)
     job.warnings += [message for block in recorded for message in block_messages(block)]
@@ -180,8 +184,17 @@ def reconstruct(job: JobState) -> Iterator[Event]:
 def _recording(job: JobState) -> Recording:
     assert job.model is not None
     hidden = HiddenStates((), hidden_place(job), job.journal.directory if job.journal else None)
-    ids_NS = job.shares.rows(job.calibration.ids_NS) if job.shares else job.calibration.ids_NS
-    return record_batches(job.model, job.stack, ids_NS.split(job.batch_size), job.device, hidden)
+    return record_batches(job.model, job.stack, _batches(job)[0], job.device, hidden)
+
+
+def _batches(job: JobState) -> tuple[Sequence[Tensor], list[int | None] | None]:
+    """The calibration sequences of this process, a batch a forward. Of several that tune blocks, which takes steps on whole
+    batches: its part of each batch, and which part that is.
+    """
+    ids_NS = job.calibration.ids_NS
+    if job.shares and job.config.reconstruct:
+        return job.shares.batches(ids_NS, job.batch_size)
+    return (job.shares.rows(ids_NS) if job.shares else ids_NS).split(job.batch_size), None
 
 
 def _statistics(job: JobState, need: Need) -> Statistics | None:

@@ -28,12 +28,14 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
     llama = tiny.save(tiny.make_model(), models / "llama")
     mixtral = tiny.save(tiny.make_model("mixtral"), models / "mixtral")
     quick = {"calibration": str(text_file), "eval": str(eval_file), **tiny.QUICK, "num_samples": 10, "device": "cpu"}
+    tuned = {**quick, "reconstruct": True, "reconstruct_steps": 16, "reconstruct_lr": 0.005}
     return {
         "wanda": {"model": str(llama), "method": "wanda", "allocation": "owl", "sequential": "group", **quick},
         "sparsegpt": {"model": str(llama), "method": "sparsegpt", "batch_size": 2, **quick, "eval": ()},
         "2:4": {"model": str(llama), "method": "dsnot", "pattern": "2:4", "permute": True, **quick, "eval": ()},
         "dense": {"model": str(llama), "method": "ria", "sequential": "none", **quick, "eval": ()},
-        "refined": {"model": str(llama), "method": "icbs", "icbs_passes": 2, **quick, "eval": ()},
+        "refined": {"model": str(llama), "method": "icbs", "icbs_passes": 2, "icbs_block_size": 64, **tuned, "eval": ()},
+        "tuned": {"model": str(llama), "method": "sparsegpt", "reconstruct_rounds": 2, "batch_size": 3, **tuned, "eval": ()},
         "experts": {"model": str(mixtral), "method": "sparsegpt", "sequential": "group", **quick, "eval": ()},
     }
 
@@ -52,10 +54,16 @@ def alone(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_several_processes_prune_as_one_does(size: int, jobs: Jobs, alone: Path, tmp_path: Path) -> None:
-    """The same supports and, to rounding, the same weights; the report counts the tokens of all."""
+@pytest.mark.parametrize(("size", "names"), [(2, None), (4, ("wanda", "refined", "tuned", "experts"))])
+def test_several_processes_prune_as_one_does(
+    size: int, names: tuple[str, ...] | None, jobs: Jobs, alone: Path, tmp_path: Path
+) -> None:
+    """The same supports and, to rounding, the same weights; the report counts the tokens of all.
+
+    Four processes do those jobs in which some of them have no sequence of a batch or of a step, or no token of an expert.
+    """
     out = tmp_path / "several"
+    jobs = {name: job for name, job in jobs.items() if names is None or name in names}
     assert forked.run_several(size, tmp_path / "store", partial(prune_all, jobs, out)) == [0] * size, (
         tmp_path / "store.0"
     ).read_text()
@@ -67,7 +75,14 @@ def test_several_processes_prune_as_one_does(size: int, jobs: Jobs, alone: Path,
             assert (weight - theirs[key]).norm() <= 1e-4 * theirs[key].norm(), (name, key)
         (_, report), (_, before) = (read_manifest(folder / name) or pytest.fail() for folder in (out, alone))
         assert report.walk == before.walk.replace("one-pass", "staged")
+        tuned = [block.reconstruction for block in report.blocks if block.reconstruction]
+        assert len(tuned) == (len(report.blocks) if name in ("refined", "tuned") else 0)
+        for block, its_block in zip(tuned, (block.reconstruction for block in before.blocks), strict=False):
+            assert its_block and block.steps == its_block.steps and block.error_after < block.error_before
+            assert block.error_after == pytest.approx(its_block.error_after, rel=1e-3)
         assert (report.refinement is None) == (name != "refined")
+        swaps = [[point.num_swaps for point in one.refinement.points] for one in (report, before) if one.refinement]
+        assert not swaps or (swaps[0] == swaps[1] and swaps[0][-1] > 0)
         counts = [[site.num_tokens for block in one.blocks for site in block.sites] for one in (report, before)]
         assert counts[0] == counts[1] and counts[0]
         for mine, its in zip(report.quality, before.quality, strict=True):

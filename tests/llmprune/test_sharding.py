@@ -111,7 +111,11 @@ def _work() -> None:
         shares.together(lambda: fail() if rank == 2 else None)
     with pytest.raises(ConfigError, match="3 processes need a calibration sequence each, got 2"):
         shares.rows(torch.zeros(2, 5))
-    assert shares.rows(torch.arange(7)[:, None]).flatten().tolist() == [[0, 1, 2], [3, 4], [5, 6]][rank]
+    assert shares.rows(torch.arange(7)[:, None]).flatten().tolist() == [[0, 3, 6], [1, 4], [2, 5]][rank]
+    batches, own = shares.batches(torch.arange(7)[:, None], 2)
+    assert [batch.flatten().tolist() for batch in batches] == [[[0], [3], [6]], [[1], [4]], [[2], [5]]][rank]
+    assert own == [[0, 1, None, 2], [0, None, 1, None], [None, 0, 1, None]][rank]
+    assert shares.mean([2, 0, 1][rank], lambda: float(rank)) == pytest.approx(2 / 3)
 
 
 def test_three_processes_agree(tmp_path: Path) -> None:
