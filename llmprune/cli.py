@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from copy import copy
@@ -48,6 +49,7 @@ from llmprune.cli_options import (
     Method,
     Model,
     NoEval,
+    NumGpus,
     NumSamples,
     Offload,
     PatternName,
@@ -160,9 +162,7 @@ def prune(
     seed: Seed = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = None,
-    num_gpus: Annotated[
-        int | None, typer.Option("--num-gpus", min=1, help="Share the job among this many GPUs; with --device cpu, processes.")
-    ] = None,
+    num_gpus: NumGpus = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run beside --out, if any.")] = False,
     reports: Annotated[list[str] | None, typer.Option("--export-report", help=_EXPORT_REPORT)] = None,
     events: EventsFile = None,
@@ -189,8 +189,7 @@ def prune(
             from llmprune.api import prune_iter
         run = prune_iter(config=config, out=out, resume=resume)
         if not first:
-            for _ in run:
-                pass
+            deque(run, maxlen=0)
             return
         last = follow(run, sink, interrupted="Interrupted. Finished blocks are kept: go on with --resume.")
     assert isinstance(last, Finished)
@@ -231,16 +230,25 @@ def evaluate(
     dtype: DtypeName = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = None,
+    num_gpus: NumGpus = None,
     events: EventsFile = None,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of MODEL, and with --against its divergence from another."""
     fields = config_fields(locals())
     check_streams(events, as_json)
-    with event_sink(events) as sink:
+    if wanted(num_gpus):
+        _share(num_gpus)
+    first = is_first()
+    with event_sink(events if first else None) as sink:
+        check_count(num_gpus)
         with heavy_imports():
             from llmprune.evaluation import evaluate_iter
-        last = follow(evaluate_iter(against=against, **fields), sink)
+        run = evaluate_iter(against=against, **fields)
+        if not first:
+            deque(run, maxlen=0)
+            return
+        last = follow(run, sink)
     assert isinstance(last, Evaluated)
     if events != "-":
         show(last.evaluation, as_json, print_evaluation)

@@ -81,6 +81,9 @@ ExportName = Annotated[str | None, config_option("export", "--export")]
 StatisticsCache = Annotated[bool | None, config_option("statistics_cache", "--statistics-cache/--no-statistics-cache")]
 Seed = Annotated[int | None, config_option("seed", "--seed")]
 TrustRemoteCode = Annotated[bool | None, config_option("trust_remote_code", "--trust-remote-code")]
+NumGpus = Annotated[
+    int | None, typer.Option("--num-gpus", min=1, help="Share the job among this many GPUs; with --device cpu, processes.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 EventsFile = Annotated[str | None, typer.Option("--events", help="Write events as JSON lines to a file, or - for stdout.")]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack, find_stack, probe
-from llmprune.devices import device_name, environment, free_bytes, module_device, pick_device
+from llmprune.devices import device_name, environment, free_bytes, module_device, own_device, pick_device
+from llmprune.engines.sharding import Shares
 from llmprune.errors import ConfigError, UnsupportedModel
 from llmprune.events import Evaluated, Event, StageFinished, StageStarted, Warned
 from llmprune.hidden import HiddenStates
@@ -25,8 +27,12 @@ from llmprune.measure.quality import Forward, Scores, as_events, forward_of, rep
 from llmprune.measure.quality import against as against_dense
 from llmprune.measure.streamed import NO_SPEED, score_streamed
 from llmprune.memory import weights_place
+from llmprune.processes import several
 from llmprune.report import Evaluation, Latency, Quality
+from llmprune.scoring import scores_of_all
 from llmprune.spec import PruneConfig, default_seq_len
+
+A = TypeVar("A")
 
 
 def evaluate(model: str | Path | None = None, *, against: str | Path | None = None, **overrides: Any) -> Evaluation:
@@ -45,16 +51,20 @@ def evaluate(model: str | Path | None = None, *, against: str | Path | None = No
 
 
 def evaluate_iter(model: str | Path | None = None, *, against: str | Path | None = None, **overrides: Any) -> Iterator[Event]:
-    """:func:`evaluate` as a generator of events; the last one is Evaluated."""
+    """:func:`evaluate` as a generator of events; the last one is Evaluated.
+
+    Of several processes (:mod:`llmprune.processes`) each scores some of the windows; all have the quality of all, and the first
+    the latency.
+    """
     if model is not None:
         overrides["model"] = str(model)
     config = PruneConfig.build(None, **overrides)
     sources = config.eval_sources()
     if not sources:
         raise ConfigError("nothing to evaluate: give at least one --eval text.")
-    for source in sources:
-        check_source(source, evaluation=True)
-    device = pick_device(config.device)
+    device = own_device(config.device) if several() else pick_device(config.device)
+    shares = Shares.of(device) if several() else None
+    _agreed(shares, partial(_check, sources))
     yield StageStarted(stage="load", total=2 if against else 1)
     pruned = _Loaded.load(config, device)
     dense = None
@@ -67,37 +77,59 @@ def evaluate_iter(model: str | Path | None = None, *, against: str | Path | None
             )
     yield StageFinished(stage="load", seconds=0)
     seq_len = config.seq_len or default_seq_len(pruned.model.config.get_text_config())
-    texts = [
-        load_evaluation(source, pruned.tokenizer, seq_len=seq_len, max_tokens=config.max_eval_tokens) for source in sources
-    ]
-    yield from _measure(config, pruned, dense, texts, device)
+    texts = _agreed(
+        shares,
+        lambda: [
+            load_evaluation(source, pruned.tokenizer, seq_len=seq_len, max_tokens=config.max_eval_tokens) for source in sources
+        ],
+    )
+    yield from _measure(config, pruned, dense, texts, device, shares)
+
+
+def _check(sources: Sequence[str]) -> None:
+    for source in sources:
+        check_source(source, evaluation=True)
+
+
+def _agreed(shares: Shares | None, work: Callable[[], A]) -> A:
+    return shares.by_first(work) if shares else work()
 
 
 def _measure(
-    config: PruneConfig, pruned: _Loaded, dense: _Loaded | None, texts: list[TokenSet], device: torch.device
+    config: PruneConfig,
+    pruned: _Loaded,
+    dense: _Loaded | None,
+    texts: list[TokenSet],
+    device: torch.device,
+    shares: Shares | None,
 ) -> Iterator[Event]:
-    total = sum(len(text.ids_NS) for text in texts) * (2 if dense else 1)
+    windows = [shares.part(text.ids_NS) if shares else text.ids_NS for text in texts]
+    total = sum(len(ids_NS) for ids_NS in windows) * (2 if dense else 1)
+
+    def scored(scoring: Generator[int, None, Scores], text: TokenSet, ids_NS: Tensor) -> Generator[Event, None, Scores]:
+        steps = as_events(scoring, "pruned", text.report.source, offset=offset, total=total)
+        return scores_of_all(shares, steps, len(ids_NS)) if shares else steps
+
     yield StageStarted(stage="pruned", total=total)
     quality: list[Quality] = []
     offset, seconds = 0, 0.0
-    for text in texts:
+    for text, ids_NS in zip(texts, windows, strict=True):
         result, keep = Quality(text=text.report), HiddenStates()
         if dense:
-            scoring = dense.score(text.ids_NS, device, keep=keep if dense.stack else None)
-            scores = yield from as_events(scoring, "pruned", text.report.source, offset=offset, total=total)
+            scores = yield from scored(dense.score(ids_NS, device, keep=keep if dense.stack else None), text, ids_NS)
             result = result.model_copy(update={"perplexity_dense": scores.perplexity, "seconds_dense": scores.seconds})
-            offset += len(text.ids_NS)
+            offset += len(ids_NS)
             seconds += scores.seconds
         reference = dense.reference(keep) if dense else None
-        scoring = pruned.score(text.ids_NS, device, dense=reference)
-        scores = yield from as_events(scoring, "pruned", text.report.source, offset=offset, total=total)
-        offset += len(text.ids_NS)
+        scores = yield from scored(pruned.score(ids_NS, device, dense=reference), text, ids_NS)
+        offset += len(ids_NS)
         seconds += scores.seconds
         quality.append(against_dense(result, scores))
     latency = None
-    if config.latency and pruned.stack:
+    measured = config.latency and (shares is None or shares.rank == 0)
+    if measured and pruned.stack:
         yield Warned(message=NO_SPEED)
-    elif config.latency:
+    elif measured:
         with dispatched(pruned.model, device):
             speeds = measure_speed(pruned.model, texts[0].ids_NS[:1])
         latency = Latency(device=device_name(device), dense=(), pruned=speeds, note=DENSE_NOTE)

@@ -80,7 +80,7 @@ class Scoring:
                 ids_NS = self._windows(text)
                 scoring = self._score(ids_NS, reference, keep, streamed=streamed)
                 steps = as_events(scoring, stage, text.report.source, offset=offset, total=self.num_windows)
-                scores = yield from (self._of_all(steps, len(ids_NS)) if self.shares else steps)
+                scores = yield from (scores_of_all(self.shares, steps, len(ids_NS)) if self.shares else steps)
                 offset += len(ids_NS)
                 hidden |= {_key(number, batch): tensor for batch, tensor in enumerate(keep or ())}
                 if dense:
@@ -108,23 +108,6 @@ class Scoring:
         """The windows of a text that this process scores."""
         return self.shares.part(text.ids_NS) if self.shares else text.ids_NS
 
-    def _of_all(self, steps: Generator[Event, None, TextScores], num_windows: int) -> Generator[Event, None, TextScores]:
-        """The scores of a whole text from those of every process's windows, which have the same number of tokens each."""
-        assert self.shares is not None
-        own: TextScores | None = None
-        failure: Exception | None = None
-        try:
-            own = (yield from steps) if num_windows else None
-        except Exception as error:  # all of them have to hear of it
-            failure = error
-
-        def said() -> tuple[int, TextScores | None]:
-            if failure is not None:
-                raise failure
-            return num_windows, own
-
-        return mean_of([(count, scores) for count, scores in self.shares.together(said) if scores is not None])
-
     def _reference(self, hidden: Mapping[str, Tensor], number: int) -> Forward:
         """The dense model's logits on text ``number``, from its final hidden states."""
         return lambda batch, ids_NS: replay_head(self.model, self.stack, ids_NS, hidden[_key(number, batch)])
@@ -132,3 +115,22 @@ class Scoring:
 
 def _key(number: int, batch: int) -> str:
     return f"{number:03d}.{batch:06d}"
+
+
+def scores_of_all(
+    shares: Shares, steps: Generator[Event, None, TextScores], num_windows: int
+) -> Generator[Event, None, TextScores]:
+    """The scores of a whole text from those of every process's windows, which have the same number of tokens each."""
+    own: TextScores | None = None
+    failure: Exception | None = None
+    try:
+        own = (yield from steps) if num_windows else None
+    except Exception as error:  # all of them have to hear of it
+        failure = error
+
+    def said() -> tuple[int, TextScores | None]:
+        if failure is not None:
+            raise failure
+        return num_windows, own
+
+    return mean_of([(count, scores) for count, scores in shares.together(said) if scores is not None])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 
+import forked
 import llmprune
 import tiny
 from forked import PROCESSES
@@ -50,35 +51,34 @@ def arguments(job: dict[str, Any], out: Path, *more: str) -> list[str]:
     return ["prune", job["model"], "--out", str(out), "--no-latency", *options, *more]
 
 
-def test_torchrun_writes_what_one_process_writes(job: dict[str, Any], alone: bytes, tmp_path: Path) -> None:
-    """Two processes under torchrun: the same weights, events and words of the first alone, nothing left beside them."""
-    argv = arguments(job, tmp_path / "out", "--events", str(tmp_path / "events.jsonl"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmprune", *argv]
-    names = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(launch, env=os.environ | names, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Taken out") == 1 and "Error" not in done.stderr
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == alone
-    events = [parse_event(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [event.stage for event in events if isinstance(event, StageStarted)].count("structure") == 1
-    assert isinstance(events[-1], Finished)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "out"]
+def _accelerate(argv: list[str], log: str) -> None:
+    """``accelerate launch`` in this process; what it starts are processes of their own."""
+    from accelerate.commands import launch
 
-
-def _one_of_two(rank: int, store: str, argv: Sequence[str], work: Callable[[], None] | None) -> None:
-    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in names.items()}, GLOO_SOCKET_IFNAME="lo")
-    gc.freeze()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    if work:
-        work()
-    with Path(f"{store}.{rank}").open("w") as stream:
+    with Path(log).open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    from llmprune.cli import main
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    sys.argv = ["accelerate-launch", "--multi_gpu", "--num_processes", "2", "-m", "llmprune", *argv]
+    launch.main()
 
-    sys.argv = ["llmprune", *argv]
-    main()
+
+def test_accelerate_launches_a_walk(text_file: Path, eval_file: Path, tmp_path: Path) -> None:
+    """Two processes under accelerate's launcher, which is torchrun's: words of the first alone, nothing left beside them."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    model = tiny.save(tiny.make_model(), tmp_path / "model")
+    job = {"model": str(model), "calibration": str(text_file), "eval": str(eval_file), **tiny.QUICK, "device": "cpu"}
+    argv = arguments({**job, "effort": "balanced", "reconstruct_steps": 4}, out, "--events", str(tmp_path / "events.jsonl"))
+    launcher = PROCESSES.Process(target=_accelerate, args=(argv, str(log)))
+    launcher.start()
+    launcher.join(200)
+    launcher.kill()
+    assert launcher.exitcode == 0, log.read_text()
+    assert log.read_text().count("Reconstruction of 2 blocks") == 1 and "Error" not in log.read_text()
+    events = [parse_event(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event.stage for event in events if isinstance(event, StageStarted)].count("prune") == 1
+    assert isinstance(events[-1], Finished) and all(block.reconstruction for block in events[-1].report.blocks)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "log", "model", "out"]
 
 
 def _stop_in_the_search() -> None:
@@ -95,28 +95,42 @@ def _stop_in_the_search() -> None:
     Tyr.snapshot = snapshot  # type: ignore[method-assign]
 
 
-def run(argv: Sequence[str], store: Path, works: Sequence[Callable[[], None] | None] = (None, None)) -> list[int | None]:
+def run(argv: Sequence[str], store: Path, before: Mapping[int, Callable[[], None]] = MappingProxyType({})) -> list[int | None]:
     """The command in two processes; their exit codes, None for one that does not end."""
-    started: list[BaseProcess] = [
-        PROCESSES.Process(target=_one_of_two, args=(rank, str(store), argv, works[rank]), daemon=True) for rank in range(2)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(100)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    return codes
+    return forked.run_several(2, store, partial(_main, list(argv)), before=before)
+
+
+def _main(argv: list[str]) -> None:
+    from llmprune.cli import main
+
+    sys.argv = ["llmprune", *argv]
+    main()
+
+
+def test_two_processes_evaluate_as_one_does(eval_file: Path, text_file: Path, cli: Callable[..., Any], tmp_path: Path) -> None:
+    """Each some of the windows, of a text that has one window too: the numbers of one process, once."""
+    models = [tiny.save(tiny.make_model(seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(text_file.read_text().split()[:48]))
+    texts = ["--eval", eval_file, "--eval", short, "--seq-len", "32", "--max-eval-tokens", "512"]
+    argv = [str(part) for part in ("evaluate", models[0], "--against", models[1], *texts, "--no-latency", "--device", "cpu")]
+    argv += ["--json"]
+    assert run(argv, tmp_path / "store") == [0, 0], (tmp_path / "store.0").read_text()
+    assert not (tmp_path / "store.1").read_text()
+    said = (tmp_path / "store.0").read_text()
+    ours, theirs = json.loads(said[said.index("{") :]), json.loads(cli(*argv).out)
+    assert len(ours["quality"]) == len(theirs["quality"]) == 2
+    for mine, its in zip(ours["quality"], theirs["quality"], strict=True):
+        for key in ("perplexity_dense", "perplexity_pruned", "kl", "top1_agreement"):
+            assert mine[key] == pytest.approx(its[key], rel=1e-5), key
+    assert ours["quality"][0]["kl"] > 0
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_that_dies_ends_the_others(lost: int, job: dict[str, Any], alone: bytes, tmp_path: Path) -> None:
     """The other one says so and ends; both together go on where the first had recorded, to the same bytes."""
     argv = arguments(job, tmp_path / "out", "--resume", "--events", str(tmp_path / "events.jsonl"))
-    works = [None, None]
-    works[lost] = _stop_in_the_search  # type: ignore[call-overload]
-    codes = run(argv, tmp_path / "first", works)
+    codes = run(argv, tmp_path / "first", {lost: _stop_in_the_search})
     assert codes[lost] == 9 and codes[1 - lost] == 1
     assert f"process {lost} of 2 died" in (tmp_path / f"first.{1 - lost}").read_text()
     work = Journal(tmp_path / "out.work")
@@ -128,6 +142,8 @@ def test_one_that_dies_ends_the_others(lost: int, job: dict[str, Any], alone: by
     starts = [event for event in events if isinstance(event, StageStarted) and event.stage == "structure"]
     assert len(starts) == 2 and starts[0].resumed_at == 0 < starts[1].resumed_at
     assert any(isinstance(event, Progress) and event.stage == "structure" for event in events)
+    if lost:
+        return
     assert run(argv, tmp_path / "third") == [0, 0]  # done: the first has the report, and the other one hears of it
     assert run(arguments(job, tmp_path / "out"), tmp_path / "fourth") == [2, 2]
 
