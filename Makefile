@@ -3,6 +3,7 @@
 #   make run                start the service, prune the bundled demo model through it, leave it up (ONCE=1: end after the job);
 #                           MODEL=, METHOD=, SPARSITY=, PATTERN=, DTYPE=, OUT=, ARGS= change the job
 #   make test               the whole suite, offline, in JOBS=3 processes: two cores, and one for those that wait
+#                           (ARGS="-m slow": the kernels compiled for architectures other than sm_90)
 #   make lint               ruff, mypy
 #   make bench              speed, memory and packing; writes the tables of the README
 #   make bench-quality      every method, combination and preset on the demo model and those of LLMPRUNE_BENCH_DATA (../shared): hours,

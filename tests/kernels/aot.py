@@ -10,12 +10,24 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
 LABEL = re.compile(r"^\s*(\.L_[A-Za-z0-9_]+):")
 TARGET = re.compile(r"(\.L_[A-Za-z0-9_]+)\)")
+
+
+USUAL_ARCH = 90
+"""Compiled in every run; what is compiled for others is marked slow."""
+
+
+def as_parameters(builds: Sequence[Any]) -> list[Any]:
+    """Parameters of a test, one for each build."""
+    return [pytest.param(build, id=str(build), marks=[pytest.mark.slow] * (build.arch != USUAL_ARCH)) for build in builds]
 
 
 class Report(NamedTuple):

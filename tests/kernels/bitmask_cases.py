@@ -211,9 +211,10 @@ def inspect(build: Build) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print {name: result} of all cases of one mode."""
-    if sys.argv[1] == "compile":
-        json.dump({str(build): inspect(build) for build in BUILDS}, sys.stdout)
+    """Print {name: result} of all cases of one mode: interpret, or compile-90 for an architecture."""
+    mode, _, arch = sys.argv[1].partition("-")
+    if mode == "compile":
+        json.dump({str(build): inspect(build) for build in BUILDS if build.arch == int(arch)}, sys.stdout)
         return
     import interpreter
 

@@ -17,10 +17,10 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return _once(request.module.SCRIPT, "interpret", tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the compiler made."""
-    return _once(request.module.SCRIPT, "compile", tmp_path_factory)
+@pytest.fixture
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, build: Any) -> dict[str, Any]:
+    """What the compiler made of the builds for the architecture of `build`."""
+    return _once(request.module.SCRIPT, f"compile-{build.arch}", tmp_path_factory)
 
 
 def _once(script: str, mode: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

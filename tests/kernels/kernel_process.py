@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def run_cases(script: str, mode: str, cache: Path) -> dict[str, Any]:
-    """What tests/kernels/<script> prints as JSON, run with `mode` "interpret" or "compile" as its argument."""
+    """What tests/kernels/<script> prints as JSON, run with `mode`, "interpret" or "compile-90" for sm_90, as its argument."""
     paths = [str(REPOSITORY / "triton_kernels"), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,

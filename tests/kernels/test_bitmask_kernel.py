@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from aot import Report
+from aot import Report, as_parameters
 from bitmask_cases import BUILDS, CASES, WEIGHTS_PER_LANE, Build, Case
 from mma_sp_cases import Result
 
@@ -29,7 +29,7 @@ def test_unpacks_every_bit(case: Case, results: dict[str, Any]) -> None:
     assert results[str(case)]["unpacked"] is True
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=str)
+@pytest.mark.parametrize("build", as_parameters(BUILDS))
 def test_machine_code(build: Build, reports: dict[str, Any]) -> None:
     """No spills, registers and instructions per weight within the budget, one 16-bit load per weight, wide ones otherwise."""
     sass = Report(**reports[str(build)])

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from aot import Report
+from aot import Report, as_parameters
 from expand_cases import BUILDS, CASES, UNPACKS, Build, Case, Unpack
 from mma_sp_cases import Result
 
@@ -29,7 +29,7 @@ def test_unpacks_every_bit(case: Unpack, results: dict[str, Any]) -> None:
     assert results[str(case)] == {"equal": True, "out": True}
 
 
-@pytest.mark.parametrize("build", BUILDS, ids=str)
+@pytest.mark.parametrize("build", as_parameters(BUILDS))
 def test_machine_code(build: Build, reports: dict[str, Any]) -> None:
     """No spills, registers within the budget, 128-bit loads of values and stores of weights, the right arithmetic."""
     sass = Report(**reports[str(build)])

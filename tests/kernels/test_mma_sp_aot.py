@@ -1,6 +1,7 @@
 """The machine code of the mma.sp kernels: what the design promises, read from cubins compiled without a GPU.
 
-Run as a script it prints the reports as JSON; `--table ARCH KIND` prints registers and instructions of every legal tile.
+Run as a script with `compile-ARCH` it prints the reports as JSON; `--table ARCH KIND` prints registers and instructions of
+every legal tile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from aot import Report, compile_kernel, report
+from aot import Report, as_parameters, compile_kernel, report
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 SCRIPT = Path(__file__).name
@@ -56,7 +57,7 @@ BUILDS = [
 
 
 @needs_triton
-@pytest.mark.parametrize("build", BUILDS, ids=str)
+@pytest.mark.parametrize("build", as_parameters(BUILDS))
 def test_machine_code(build: Build, reports: dict[str, Any]) -> None:
     """Eight HMMA.SP per tile and block, 128-bit streaming loads of every weight, no spill, registers within the budget."""
     sass = Report(**reports[str(build)])
@@ -78,7 +79,7 @@ def test_machine_code(build: Build, reports: dict[str, Any]) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("build", BUILDS, ids=str)
+@pytest.mark.parametrize("build", as_parameters(BUILDS))
 def test_layout(build: Build, reports: dict[str, Any]) -> None:
     """The assembly's operands lie one row per lane with its four columns in registers, and are not moved in the loop."""
     sass = Report(**reports[str(build)])
@@ -132,4 +133,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--table"]:
         print_table(int(sys.argv[2]), sys.argv[3])
     else:
-        json.dump({str(build): inspect(build)._asdict() for build in BUILDS}, sys.stdout)
+        arch = int(sys.argv[1].removeprefix("compile-"))
+        json.dump({str(build): inspect(build)._asdict() for build in BUILDS if build.arch == arch}, sys.stdout)
