@@ -16,10 +16,13 @@ from llmprune.errors import LlmpruneError, UserError
 from llmprune.registration import register as _register
 from llmprune.report import Benchmark, Conversion, Evaluation, Fetched, Generation, Inspection, Plan, Recovery, Report
 from llmprune.spec import PruneConfig
+from llmprune.sweep_report import Comparison, SweepReport
+from llmprune.sweep_spec import SweepConfig
 
 if TYPE_CHECKING:
     from llmprune.api import (
         benchmark,
+        compare,
         convert,
         evaluate,
         export_report,
@@ -33,17 +36,20 @@ if TYPE_CHECKING:
         read_report,
         recover,
         recover_iter,
+        sweep,
+        sweep_iter,
     )
 
 _LAZY = (
-    "benchmark", "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter",
-    "read_report", "recover", "recover_iter",
+    "benchmark", "compare", "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load", "plan", "prune",
+    "prune_iter", "read_report", "recover", "recover_iter", "sweep", "sweep_iter",
 )  # fmt: skip
 
 __all__ = [
-    "Benchmark", "Conversion", "Evaluation", "Fetched", "Generation", "Inspection", "LlmpruneError", "Plan", "PruneConfig",
-    "Recovery", "Report", "UserError", "__version__", "benchmark", "convert", "evaluate", "export_report", "fetch", "generate",
-    "inspect", "load", "plan", "prune", "prune_iter", "read_report", "recover", "recover_iter",
+    "Benchmark", "Comparison", "Conversion", "Evaluation", "Fetched", "Generation", "Inspection", "LlmpruneError", "Plan",
+    "PruneConfig", "Recovery", "Report", "SweepConfig", "SweepReport", "UserError", "__version__", "benchmark", "compare",
+    "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter",
+    "read_report", "recover", "recover_iter", "sweep", "sweep_iter",
 ]  # fmt: skip
 
 

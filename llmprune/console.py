@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +22,18 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from llmprune.events import BlockFinished, BlockStarted, Event, Progress, Stage, StageFinished, StageStarted, Warned
+from llmprune.events import (
+    BlockFinished,
+    BlockStarted,
+    Event,
+    PointFinished,
+    PointStarted,
+    Progress,
+    Stage,
+    StageFinished,
+    StageStarted,
+    Warned,
+)
 from llmprune.io.course import refinement_line
 from llmprune.io.render import (
     NOTHING,
@@ -34,6 +46,7 @@ from llmprune.io.render import (
     recipe,
     reconstruction_line,
     size,
+    small,
     statistics_lines,
     target_percent,
     times,
@@ -65,6 +78,9 @@ LABELS: dict[Stage, str] = {
 }
 STYLES = {"good": "bold green", "degraded": "bold yellow", "broken": "bold red", "unmeasured": "bold"}
 PLAIN_STEP = 0.1
+_TOLD: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("sparsity", "sparsity", percent), ("perplexity", "perplexity", number), ("kl", "KL", small)
+)  # fmt: skip
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -181,6 +197,17 @@ def _stages(report: Report) -> Table:
     return table
 
 
+def _point_line(event: PointFinished) -> Text:
+    """What came of one job among many."""
+    point = event.point
+    name = printable(point.name)
+    if point.error is not None:
+        return Text.assemble((f"{name}: failed: ", "red"), printable(point.error))
+    told = [f"{label} {form(point.values[key])}" for key, label, form in _TOLD if key in point.values]
+    taken = "done before" if event.reused else duration(point.seconds)
+    return Text(f"{name}: {', '.join([*told, taken])}")
+
+
 def _warning(message: str) -> Text:
     return Text.assemble(("Warning: ", "yellow"), printable(message))
 
@@ -216,6 +243,10 @@ class ProgressView:
                 self._view.advance("prune", event.block + 1, event.num_blocks, event.report.name)
             case StageFinished():
                 self._view.end(event.stage, event.seconds)
+            case PointStarted():
+                self._view.point(event.name, event.index, event.total)
+            case PointFinished():
+                self.console.print(_point_line(event), soft_wrap=True)
             case Warned():
                 self.console.print(_warning(event.message))
             case _:
@@ -248,6 +279,7 @@ class _BarView:
             console=console,
         )
         self._tasks: dict[Stage, TaskID] = {}
+        self._points: TaskID | None = None
 
     def start(self) -> None:
         self._bars.start()
@@ -261,6 +293,15 @@ class _BarView:
         self._tasks[stage] = self._bars.add_task(
             LABELS[stage], total=total or None, completed=resumed_at, detail=detail, seconds=None
         )
+
+    def point(self, name: str, index: int, total: int) -> None:
+        """Another job begins: its stages take the place of the last one's."""
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks = {}
+        if self._points is None:
+            self._points = self._bars.add_task("Jobs", total=total or None, detail="", seconds=None)
+        self._bars.update(self._points, completed=index, total=total or None, detail=printable(name))
 
     def advance(self, stage: Stage, done: int, total: int, detail: str) -> None:
         if stage not in self._tasks:
@@ -292,6 +333,10 @@ class _LineView:
     def begin(self, stage: Stage, total: int, resumed_at: int) -> None:
         self._shown[stage] = resumed_at / total if total else 0.0
         self._print(stage, f"resumed at {resumed_at}/{total}" if resumed_at else "started")
+
+    def point(self, name: str, index: int, total: int) -> None:
+        of = f" of {total}" if total else ""
+        self._console.print(Text(f"Job {index + 1}{of}: {printable(name)}"), soft_wrap=True)
 
     def advance(self, stage: Stage, done: int, total: int, detail: str) -> None:  # noqa: ARG002
         """Print where a tenth was passed since the last line; the end of the stage has a line of its own."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Recovery, Report, SiteReport
+from llmprune.sweep_report import PointReport, SweepReport
 
 Stage = Literal[
     "fetch", "load", "calibration", "dense", "allocate", "prune", "structure", "refine", "reconstruct", "pruned", "save",
@@ -138,6 +139,32 @@ class Recovered(_Event):
     recovery: Recovery
 
 
+class PointStarted(_Event):
+    """A job of a sweep or of a search begins: number ``index`` (from 0) of ``total``, 0 when unknown. Its events follow."""
+
+    event: Literal["point_started"] = "point_started"
+    name: str
+    index: int
+    total: int = 0
+
+
+class PointFinished(_Event):
+    """A job of a sweep or of a search ended, well or in an error; ``reused`` where an earlier run had done it."""
+
+    event: Literal["point_finished"] = "point_finished"
+    point: PointReport
+    index: int
+    total: int = 0
+    reused: bool = False
+
+
+class Swept(_Event):
+    """A sweep is done; carries all its points."""
+
+    event: Literal["swept"] = "swept"
+    sweep: SweepReport
+
+
 class Failed(_Event):
     """The run ended by an error, whose class and one-line message this is; the last line ``--events`` writes.
 
@@ -159,7 +186,8 @@ class Finished(_Event):
 
 Event = Annotated[
     StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Benchmarked
-    | TextPiece | TextGenerated | Downloaded | Converted | Recovered | Failed | Finished,
+    | TextPiece | TextGenerated | Downloaded | Converted | Recovered | PointStarted | PointFinished
+    | Swept | Failed | Finished,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Event] = TypeAdapter(Event)

@@ -29,8 +29,8 @@ MAX_COMBINATIONS = 10_000
 """Of the values of all axes, before those that are no job or the same one are left out."""
 AXES = ("methods", "patterns", "sparsities", "allocations", "efforts")
 """Fields of a sweep that hold several values of one field of a job."""
-_FIELD_OF = {"methods": "method", "patterns": "pattern", "sparsities": "sparsity", "allocations": "allocation"}
-_FIELD_OF["efforts"] = "effort"
+FIELD_OF = {"methods": "method", "patterns": "pattern", "sparsities": "sparsity", "allocations": "allocation"}
+FIELD_OF["efforts"] = "effort"
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -127,7 +127,7 @@ class SweepConfig(_ManyJobs):
 
     def _combinations(self) -> list[dict[str, Any]]:
         """Values by field, in the order of the axes; those of an n:m pattern without a sparsity."""
-        axes = [[(_FIELD_OF[axis], value) for value in getattr(self, axis)] for axis in AXES if getattr(self, axis)]
+        axes = [[(FIELD_OF[axis], value) for value in getattr(self, axis)] for axis in AXES if getattr(self, axis)]
         if (most := math.prod(map(len, axes))) > MAX_COMBINATIONS:
             raise ConfigError(f"a sweep of up to {most} points. Name fewer values.")
         found: dict[tuple[tuple[str, Any], ...], None] = {}

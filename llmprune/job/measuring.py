@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel
 
+from llmprune._version import __version__
 from llmprune.events import Event
+from llmprune.io.journal import Journal
 from llmprune.job.state import JobState
 from llmprune.measure.benchmark import benchmark_models
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
@@ -42,8 +48,8 @@ def measure_dense(job: JobState) -> Iterator[Event]:
         job.own.write(_DENSE, {}, {_HIDDEN: dict(job.dense.hidden)})
     if job.shares:
         wait_for_all()  # the record says that all have theirs
-    if job.journal:
-        job.journal.write(
+    if place := _dense_place(job):
+        place.write(
             _DENSE,
             {
                 "quality": [item.model_dump(mode="json") for item in job.dense.quality],
@@ -52,14 +58,14 @@ def measure_dense(job: JobState) -> Iterator[Event]:
             },
             {_HIDDEN: dict(job.dense.hidden)},
         )
-    if job.journal or job.own:
+    if place or job.own:
         job.dense = replace(job.dense, hidden={})  # read again, from the disk, when they are wanted
     yield clock.finished()
 
 
 def _recorded_dense(job: JobState) -> dict[str, Any] | None:
     """What an earlier run recorded of the dense model; of several processes where each finds its hidden states."""
-    place = job.journal or job.own
+    place = _dense_place(job) or job.own
 
     def found() -> dict[str, Any] | None:
         return place.read(_DENSE, [_HIDDEN]) if place and place.has(_DENSE) else None
@@ -68,12 +74,32 @@ def _recorded_dense(job: JobState) -> dict[str, Any] | None:
     return recorded[0] if all(recorded) else None
 
 
+def _dense_place(job: JobState) -> Journal | None:
+    """Where measurements of the dense model are recorded: with those of other jobs that take the same, or in the journal."""
+    if job.dense_records is None or job.shares or job.source is None:
+        return job.journal
+    assert job.model is not None
+    same = {
+        "revision": job.source.revision,
+        "texts": [text.report.sha256 for text in job.texts],
+        "seq_len": job.seq_len,
+        "dtype": str(job.model.dtype),
+        "device": str(job.device),
+        "streamed": job.streamed is not None,
+        "prompt": job.calibration.report.sha256 if job.config.latency else None,
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+    place = Journal(job.dense_records / hashlib.sha256(json.dumps(same).encode()).hexdigest()[:32])
+    place.directory.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def measure_pruned(job: JobState) -> Iterator[Event]:
     """Measure it again, against what it was."""
     clock = job.clock("pruned")
     scoring = _scoring(job)
     yield clock.started(scoring.num_windows)
-    place = job.journal or job.own
+    place = _dense_place(job) or job.own
     dense = replace(job.dense, hidden=place.tensors(_DENSE, _HIDDEN)) if place else job.dense
     job.pruned = yield from job.noted(scoring.run("pruned", dense))
     yield clock.finished()

@@ -50,6 +50,7 @@ class JobState:
         model, tokenizer: given for a model in memory (pruned in place); None to load ``config.model``.
         out: where the checkpoint goes; None writes nothing.
         resume: go on with the journal beside ``out``.
+        dense_records: directory of what is measured of dense models, where jobs share that; None where they do not.
         shared: several processes do this job.
         first: this is the first of them, or alone.
         shares: what this one does of a walk that they share.
@@ -62,6 +63,7 @@ class JobState:
     tokenizer: PreTrainedTokenizerBase | None = None
     out: Path | None = None
     resume: bool = False
+    dense_records: Path | None = None
     source: Source | None = None
     streamed: StreamedBlocks | None = None
     journal: Journal | None = None

@@ -14,7 +14,7 @@ LIBRARY = ROOT / "llmprune"
 # Rank of each module or folder; a module may import what ranks lower, or its own folder.
 RANKS = {
     "_version": 0, "efforts": 0, "errors": 0, "registration": 0, "patterns": 1, "speed": 1, "spec": 2,
-    "pruning": 2, "structure": 2, "recovery_spec": 3, "sweep_spec": 3, "report": 4, "events": 5,
+    "pruning": 2, "structure": 2, "recovery_spec": 3, "sweep_spec": 3, "report": 4, "sweep_report": 4, "events": 5,
     "processes": 1, "launching": 2,
     "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "stats": 5, "devices": 5, "solvers": 5, "hidden": 5,
     "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "structured": 7,
@@ -23,11 +23,12 @@ RANKS = {
     "conversion": 10, "description": 10, "loading": 10,
     "allocation": 11, "scoring": 11, "refining": 11, "structuring": 11, "walking": 10, "job": 12,
     "evaluation": 13, "recovery": 13, "fetching": 13, "inspection": 13, "planning": 13,
-    "benchmarking": 14, "generation": 14, "api": 15,
-    "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli_recover": 17, "cli_report": 17, "cli": 18, "__main__": 19,
+    "benchmarking": 14, "generation": 14, "sweeps": 14, "api": 15,
+    "cli_options": 16, "cli_convert": 17, "cli_measure": 17, "cli_recover": 17, "cli_report": 17, "cli_sweep": 17,
+    "cli": 18, "__main__": 19,
 }  # fmt: skip
 TORCH_FREE = (
-    "sweep_spec",
+    "sweep_spec", "sweep_report", "cli_sweep", "sweeps/__init__", "sweeps/points", "sweeps/page", "sweeps/comparing",
     "_version", "efforts", "errors", "registration", "patterns", "spec", "speed", "pruning", "structure", "recovery_spec",
     "report", "events", "terminal", "speed_tables", "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options",
     "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",

@@ -27,7 +27,10 @@ from llmprune.report import Evaluation, Inspection, Plan, Report
 from llmprune.spec import PruneConfig
 
 Cli = Callable[..., Any]
-COMMANDS = ("benchmark", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune", "recover", "report")
+COMMANDS = (
+    "benchmark", "compare", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune", "recover",
+    "report", "sweep",
+)  # fmt: skip
 QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
