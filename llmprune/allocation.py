@@ -199,7 +199,10 @@ class Sharing:
                         best: Levels = stop.value
                         break
                     detail = f"KL {search.curve[-1][1]:.4f} after {search.curve[0][1]:.4f}"
-                    yield Progress(stage="allocate", done=done + generation, total=self.num_steps, detail=detail)
+                    kl = search.curve[-1][1]
+                    yield Progress(
+                        stage="allocate", done=done + generation, total=self.num_steps, detail=detail, value=kl
+                    )  # fmt: skip
             finally:
                 shelves.restore_()
         report = SearchReport(

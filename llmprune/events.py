@@ -33,13 +33,18 @@ class StageStarted(_Event):
 
 
 class Progress(_Event):
-    """``done`` of ``total`` steps of a stage are finished."""
+    """``done`` of ``total`` steps of a stage are finished.
+
+    ``value`` is what the stage brings down, where it brings something down: the held-out loss of a refinement or a recovery,
+    the KL of a search.
+    """
 
     event: Literal["progress"] = "progress"
     stage: Stage
     done: int
     total: int
     detail: str = ""
+    value: float | None = None
 
 
 class StageFinished(_Event):

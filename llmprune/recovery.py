@@ -238,7 +238,8 @@ class _Recovery:
         return found
 
     def _train(self, training: Generator[Any, None, Trained]) -> Generator[Event, None, Trained]:
-        begun, steps, detail = time.perf_counter(), self.config.steps, ""
+        begun, steps = time.perf_counter(), self.config.steps
+        detail, loss = "", None
         yield StageStarted(stage="recover", total=steps)
         while True:
             try:
@@ -247,9 +248,9 @@ class _Recovery:
                 trained: Trained = stop.value
                 break
             if isinstance(point, int):
-                yield Progress(stage="recover", done=point, total=steps, detail=detail)
+                yield Progress(stage="recover", done=point, total=steps, detail=detail, value=loss)
             else:
-                detail = f"held-out loss {point.loss:.4f}"
+                detail, loss = f"held-out loss {point.loss:.4f}", point.loss
         yield StageFinished(stage="recover", seconds=time.perf_counter() - begun)
         if left := trained.left_out:
             yield self._warn(

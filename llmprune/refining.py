@@ -155,8 +155,8 @@ class Refining:
                 yield Warned(message=message)
             recorded = time.perf_counter()
             for step in refinement.run():
-                detail = f"held-out loss {step.held_out:.4f}"
-                yield Progress(stage="refine", done=len(refinement.history) - 1, total=self.total, detail=detail)
+                detail, passes = f"held-out loss {step.held_out:.4f}", len(refinement.history) - 1
+                yield Progress(stage="refine", done=passes, total=self.total, detail=detail, value=step.held_out)
                 recorded = self.shares.by_first(partial(self._record, refinement, recorded + SNAPSHOT_SECONDS))
             self.shares.by_first(partial(self._record, refinement))
         return self._report(refinement)

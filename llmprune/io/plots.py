@@ -83,7 +83,8 @@ def curve_svg(
     for value in y.ticks(5):
         down = at((first, value))[1]
         parts += [_rule(f"M{left} {down}H{right}"), _text(y_text(value), left - 7, down + 4, "end")]
-    for value in x.ticks(6):
+    whole = all(float(place).is_integer() for line in shown for place, _ in line.points)
+    for value in (tick for tick in x.ticks(6) if not whole or float(tick).is_integer()):
         across = at((value, y.low))[0]
         parts += [_rule(f"M{across} {bottom}v5"), _text(x_text(value), across, bottom + 18, "middle")]
     parts.append(_text(x_label, (left + right) / 2, height - 6, "middle"))

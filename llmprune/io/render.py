@@ -47,7 +47,8 @@ from llmprune.spec import Pattern, PruneConfig
 from llmprune.speed import overlap, pair_speeds
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCRIPT = (TEMPLATES / "plots.js").read_text(encoding="utf-8")
+SCRIPT_FILE = TEMPLATES / "plots.js"
+SCRIPT = SCRIPT_FILE.read_text(encoding="utf-8")
 """Tips, arrow keys and PNG for plots; a page is complete without it."""
 VERDICTS = {"good": "Good", "degraded": "Degraded but usable", "broken": "Broken", "unmeasured": "Not measured"}
 

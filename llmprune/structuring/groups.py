@@ -188,7 +188,8 @@ class Groups:
                 seconds = before + time.perf_counter() - begun
                 state = {**self.state, "done": step.done, "seconds": seconds, "search": tyr.snapshot()}
                 setting.keep(step.done, state)
-            yield Progress(stage="structure", done=step.done, total=step.total, detail=detail_of(step))
+            best = step.divergence if step.phase == "search" else None
+            yield Progress(stage="structure", done=step.done, total=step.total, detail=detail_of(step), value=best)
         taken = next((one for one in self.widths or () if one.removed(self.modules) == tyr.counts), None)
         if taken:
             self._tell(taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -141,7 +143,7 @@ class ChildJob:
             case Progress(detail=detail, stage="pruned") if detail == _LATENCY:
                 self.execution.enter("benchmark")
             case Progress():
-                self._progress(event.stage, event.done, event.total, event.detail)
+                self._progress(event.stage, event.done, event.total, event.detail, value=event.value)
             case StageFinished():
                 self.execution.say("job.metric", {"name": "stage", **event.model_dump(exclude={"event"})})
             case BlockFinished():
@@ -170,12 +172,16 @@ class ChildJob:
         self._resumed_at = event.resumed_at
         self._progress(event.stage, event.resumed_at, event.total, "", always=True)
 
-    def _progress(self, stage: Stage, done: int, total: int, detail: str, *, always: bool = False) -> None:
+    def _progress(
+        self, stage: Stage, done: int, total: int, detail: str, *, value: float | None = None, always: bool = False
+    ) -> None:
         """The current state always goes to the job's row, an event about once a second."""
         progress = {"stage": stage, "done": done, "total": total, "began": self._began, "resumed_at": self._resumed_at}
         if always or time.monotonic() - self._last_said >= _SAY_EVERY:
             self._last_said = time.monotonic()
-            facts = {"stage": stage, "done": done, "total": total, "detail": detail}
+            facts: dict[str, Any] = {"stage": stage, "done": done, "total": total, "detail": detail}
+            if value is not None and math.isfinite(value):
+                facts["value"] = value
             self.execution.say("job.progress", facts, progress=progress)
         else:
             self.execution.note(progress=progress)

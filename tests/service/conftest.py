@@ -13,6 +13,7 @@ import light_child
 import psycopg
 import pytest
 from fleet import Fleet
+from pages_kit import Pages, serving
 
 from llmprune_service.database import migrate
 from postgres_server import Postgres, find_binaries
@@ -150,3 +151,17 @@ def _stand(folder: Path, url: str, python: Path) -> Iterator[Fleet]:
 def fleet(make_fleet: Callable[..., Fleet]) -> Fleet:
     """The one host most tests need, without workers yet."""
     return make_fleet()
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Iterator[Pages]:
+    """Without keys: everybody is the administrator."""
+    with serving(tmp_path, allowed_hosts=("testserver",)) as found:
+        yield found
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Pages]:
+    """With keys, and nobody signed in."""
+    with serving(tmp_path, auth=True, allowed_hosts=("testserver",)) as found:
+        yield found

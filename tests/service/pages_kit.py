@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi.testclient import TestClient
 
+from llmprune.report import Report
 from llmprune_service.api.app import create_app
 from llmprune_service.database import migrate
 from llmprune_service.execution import Execution
@@ -25,6 +27,7 @@ from llmprune_service.store import Artifact
 from reports import sample_report
 
 OWN = "http://testserver"
+EVIL = "<script>alert(1)</script>"
 BROWSER = {"Accept": "text/html,*/*;q=0.8", "Origin": OWN}
 SHA = hashlib.sha256(b"weights").hexdigest()
 RESULT = {
@@ -95,12 +98,12 @@ def finish_block(execution: Execution, index: int, num_blocks: int) -> None:
     execution.add_block(facts, num_blocks)
 
 
-def succeed(execution: Execution, **changes: Any) -> None:
+def succeed(execution: Execution, report: Report | None = None, **changes: Any) -> None:
     """End a job with a result, a report and two files."""
     for phase in PHASES[3:]:
         execution.enter(phase)
     files = [Artifact(name, 2048, SHA, "text/plain", f"default/x/1/{name}") for name in ("model.safetensors", "report.html")]
-    execution.succeed(sample_report(), RESULT | changes, files)
+    execution.succeed(report or sample_report(), RESULT | changes, files)
 
 
 def new_settings(tmp_path: Path, **changes: Any) -> Settings:
@@ -144,3 +147,40 @@ def listening(tmp_path: Path, **changes: Any) -> Iterator[tuple[str, Any]]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+_VOID = {"meta", "link", "input", "br", "hr", "img"}
+
+
+class Checker(HTMLParser):
+    """Collects what a strict policy forbids, what is not closed, and what has no name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.links += [found[name] or "" for name in ("href", "src", "action") if name in found]
+        self.ids += [found["id"] or ""] if "id" in found else []
+        if tag not in _VOID:
+            self._open.append(tag)
+        if tag == "style" or (tag == "script" and "src" not in found) or "style" in found or any(n[:2] == "on" for n in found):
+            self.faults.append(f"inline: {tag} {found}")
+        named = "label" in self._open or found.keys() & {"aria-label", "aria-labelledby", "hidden"}
+        if tag in ("input", "select", "progress") and not named:
+            self.faults.append(f"no label: {tag} {found}")
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self._open or self._open.pop() != tag:
+            self.faults.append(f"not nested: {tag}")
+
+    def close(self) -> None:
+        super().close()
+        self.faults += [f"not closed: {tag}" for tag in self._open]
+        self.faults += [f"twice: {name}" for name in {name for name in self.ids if self.ids.count(name) > 1}]

@@ -15,7 +15,20 @@ from starlette.types import ASGIApp
 
 from llmprune import __version__
 from llmprune_service import telemetry
-from llmprune_service.api import admin, artifacts, auth, catalog, errors, events, health, jobs, openapi, pages
+from llmprune_service.api import (
+    admin,
+    artifacts,
+    auth,
+    catalog,
+    compare_page,
+    errors,
+    events,
+    health,
+    job_page,
+    jobs,
+    openapi,
+    pages,
+)
 from llmprune_service.api.feed import Feed
 from llmprune_service.api.guard import Guard
 from llmprune_service.api.limits import TokenBuckets
@@ -67,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.buckets = TokenBuckets(settings.max_submissions_per_minute)
     app.state.planner = Planner(settings)
     errors.install(app)
-    for module in (jobs, events, artifacts, catalog, admin, health, pages):
+    for module in (jobs, events, artifacts, catalog, admin, health, pages, job_page, compare_page):
         app.include_router(module.router)
     pages.mount_static(app)
     return app

@@ -53,6 +53,11 @@ class Principal:
         """The tenant whose jobs it may see; None is all of them, for administrators."""
         return None if "admin" in self.scopes else self.tenant
 
+    @property
+    def may_write(self) -> bool:
+        """Whether it may submit and change jobs."""
+        return bool({"write", "admin"} & self.scopes)
+
     def require(self, scope: str) -> None:
         """Raise Problem 403 without the scope; ``admin`` holds the others."""
         if not {scope, "admin"} & self.scopes:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmprune._version import __version__
 from llmprune.io.render import count, duration, percent, size, small
 from llmprune_service.api.auth import COOKIE, Principal
-from llmprune_service.api.page_text import describe, target
+from llmprune_service.api.page_text import describe, stage_label, target
 from llmprune_service.problems import Problem
 
 FOLDER = Path(__file__).parent
@@ -47,7 +47,7 @@ def clock(seconds: float) -> str:
 def _environment() -> Environment:
     env = Environment(loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined)
     env.trim_blocks = env.lstrip_blocks = True
-    for function in (ago, clock, count, describe, duration, iso, percent, size, small, target):
+    for function in (ago, clock, count, describe, duration, iso, percent, size, small, stage_label, target):
         env.filters[function.__name__] = function
     env.globals["version"] = __version__
     return env

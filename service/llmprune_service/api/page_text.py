@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -28,11 +29,21 @@ class Tile(NamedTuple):
     note: str = ""
 
 
+class Table(NamedTuple):
+    """Texts in rows under a head; the first of each row names it."""
+
+    name: str
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
 class Commands(NamedTuple):
-    """Shell commands that submit the same job; ``submit`` is None where the configuration is not valid (any more)."""
+    """Shell commands that submit the same job, or do it on this machine; None where its configuration is not valid (now)."""
 
     curl: str
     submit: str | None
+    prune: str | None
 
 
 def stage_label(name: str) -> str:
@@ -130,12 +141,12 @@ def commands(row: Row, base_url: str, *, auth: bool) -> Commands:
     """What submits this job again, from the very same commit of the model."""
     pinned = row.config | ({"revision": row.revision} if row.revision else {})
     own = {"priority": row.priority} if row.priority != DEFAULT_PRIORITY else {}
-    try:
+    submit = prune = None
+    with suppress(ValidationError, UserError):
         words = arguments(PruneConfig.model_validate(pinned))
         submit = shlex.join(["llmprune", "submit", *words, *(f"--{name}={value}" for name, value in own.items())])
-    except (ValidationError, UserError):
-        submit = None
-    return Commands(curl(pinned | own, base_url, auth=auth), submit)
+        prune = shlex.join(["llmprune", "prune", *words, "--out", "pruned"])
+    return Commands(curl(pinned | own, base_url, auth=auth), submit, prune)
 
 
 def curl(body: Mapping[str, Any], base_url: str, *, auth: bool) -> str:

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
-from urllib.parse import parse_qsl, urlencode
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+from urllib.parse import urlencode
 
-import sqlalchemy as sa
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import RedirectResponse
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import FileResponse, RedirectResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import StaticFiles
 
 from llmprune.errors import UserError
-from llmprune.methods import METHODS, REFINED, STRUCTURAL
-from llmprune_service import tables
-from llmprune_service.api import auth
+from llmprune.io.render import SCRIPT_FILE
+from llmprune.report import Plan
+from llmprune_service.api import auth, forms, live
 from llmprune_service.api import jobs as api_jobs
 from llmprune_service.api.admin import worker_view
 from llmprune_service.api.auth import Principal
-from llmprune_service.api.deps import EngineDep, FeedDep, JobId, JobsDep
-from llmprune_service.api.errors import pointer
+from llmprune_service.api.deps import AfterId, EngineDep, FeedDep, JobId, JobsDep, SettingsDep
+from llmprune_service.api.forms import Form
 from llmprune_service.api.html import FOLDER, PageRoute, render
-from llmprune_service.api.page_text import commands, curl, headline, stage_label, target, tiles, verdict
+from llmprune_service.api.page_text import curl, headline, stage_label
+from llmprune_service.api.views import Validation
 from llmprune_service.jobs import Jobs, Row, view
 from llmprune_service.problems import Problem
-from llmprune_service.schemas import FINISHED, PHASES, JobRequest, Status
+from llmprune_service.schemas import Status
 
 PAGE_SIZE = 50
-LOG_SIZE = 100
-_FIELDS = ("model", "method", "pattern", "sparsity", "calibration")
-_OF_STRUCTURES = {name: method.summary for (_, name), method in STRUCTURAL.items() if name not in METHODS}
-_METHODS = {**{method.name: method.summary for method in METHODS.values()}, **REFINED, **_OF_STRUCTURES}
 _EXAMPLE = {"method": "wanda", "sparsity": 0.5}
 # Swagger UI sets style attributes, and draws its icons from data: URLs.
 _DOCS_CSP = (
@@ -50,14 +46,10 @@ def mount_static(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")
 
 
-async def _form(request: Request) -> dict[str, str]:
-    """The fields of a form of another page of ours that were filled in."""
-    auth.check_origin(request, needed=True)
-    body = (await request.body()).decode(errors="replace")
-    return {name: value.strip() for name, value in parse_qsl(body) if value.strip()}
-
-
-Form = Annotated[dict[str, str], Depends(_form)]
+@router.get("/static/plots.js")
+def script_of_plots() -> Response:
+    """The library's: its own report carries the same."""
+    return FileResponse(SCRIPT_FILE, media_type="text/javascript")
 
 
 # Jobs -----------------------------------------------------------------------------------------------------------------
@@ -65,15 +57,22 @@ Form = Annotated[dict[str, str], Depends(_form)]
 
 @router.get("/")
 def list_jobs(
-    request: Request, principal: auth.reader, jobs: JobsDep, status: str | None = None, after: str | None = None
+    request: Request,
+    principal: auth.reader,
+    jobs: JobsDep,
+    status: str | None = None,
+    after: str | None = None,
+    like: AfterId = None,
 ) -> Response:
-    """The newest jobs, and the form for another one."""
+    """The newest jobs, and the form for another one; ``like`` fills it in as a job that there is."""
     if status is not None and status not in get_args(Status):
         raise Problem(422, "invalid", f"The status {status!r} is unknown; use one of {', '.join(get_args(Status))}.")
-    return _jobs_page(request, principal, jobs, status=status, after=after)
+    form = forms.filled(jobs.get(principal.sees, like)) if like is not None else None
+    return _jobs_page(request, principal, jobs, status=status, after=after, form=form, like=like)
 
 
 @router.get("/ui/jobs")
+@router.get("/ui/plan")
 def go_to_list(_: auth.reader) -> Response:
     """Where the form is sent to, asked for by its address."""
     return RedirectResponse("/", 303)
@@ -83,22 +82,21 @@ def go_to_list(_: auth.reader) -> Response:
 async def submit_job(request: Request, principal: auth.writer, form: Form, jobs: JobsDep, feed: FeedDep) -> Response:
     """Submit what the form says, as the API does."""
     try:
-        body = _read_request(form)
-        job = await api_jobs.submit(principal, body, request, jobs, feed, Response())
+        job = await api_jobs.submit(principal, forms.read(form), request, jobs, feed, Response())
     except Problem as problem:
         return await run_in_threadpool(_jobs_page, request, principal, jobs, form=form, problem=problem)
     return RedirectResponse(f"/ui/jobs/{job.id}", 303)
 
 
-def _read_request(form: Mapping[str, str]) -> JobRequest:
-    """Raises Problem 422 with an entry for each field that is wrong."""
+@router.post("/ui/plan")
+async def plan_job(request: Request, principal: auth.writer, form: Form, jobs: JobsDep, settings: SettingsDep) -> Response:
+    """The same page with what the job would need; nothing is queued."""
+    problem = validation = None
     try:
-        return JobRequest.model_validate({name: form[name] for name in _FIELDS if name in form})
-    except ValidationError as error:
-        errors = [{"pointer": pointer(item["loc"]), "detail": item["msg"]} for item in error.errors()]
-        raise Problem(422, "invalid", "Some fields cannot be used.", errors=errors) from None
-    except UserError as error:
-        raise Problem(422, "invalid", str(error)) from None
+        validation = await api_jobs.validate(principal, forms.read(form), request, settings)
+    except Problem as found:
+        problem = found
+    return await run_in_threadpool(_jobs_page, request, principal, jobs, form=form, problem=problem, validation=validation)
 
 
 def _jobs_page(
@@ -109,7 +107,9 @@ def _jobs_page(
     status: str | None = None,
     after: str | None = None,
     form: Mapping[str, str] | None = None,
+    like: str | None = None,
     problem: Problem | None = None,
+    validation: Validation | None = None,
 ) -> Response:
     rows, more = jobs.list(principal.sees, limit=PAGE_SIZE, after=after, status=status)
     query = {"status": status, "after": rows[-1].id} if more else {}
@@ -117,63 +117,33 @@ def _jobs_page(
         "curl": curl(_EXAMPLE, str(request.base_url), auth=jobs.settings.auth),
         "submit": "llmprune submit demo --method wanda --sparsity 0.5",
     }
+    now = time.time()
     answer = render(
         request, "jobs.html", principal, status=problem.status if problem else 200, here="jobs",
-        jobs=[_entry(row) for row in rows], now=time.time(), statuses=get_args(Status), chosen=status, after=after,
+        jobs=[_entry(row, now) for row in rows], now=now, statuses=get_args(Status), chosen=status, after=after,
         next="/?" + urlencode({name: value for name, value in query.items() if value}) if more else None,
-        may_write=_may_write(principal),
-        methods=_METHODS.items(),
-        form={name: (form or {}).get(name, "") for name in _FIELDS}, problem=problem, example=example,
+        may_write=principal.may_write, fields=forms.FIELDS, first=forms.FIRST, groups=forms.GROUPS, form=form or {}, like=like,
+        problem=problem, example=example, validation=validation, plan=_plan(validation),
     )  # fmt: skip
     answer.headers.update(problem.headers if problem else {})
     return answer
 
 
-def _entry(row: Row) -> dict[str, Any]:
-    progress = view(row).progress if row.status in ("running", "cancelling") else None
-    return {"row": row, "progress": progress, "headline": headline(row.result) if row.result else None}
+def _plan(validation: Validation | None) -> Plan | None:
+    """None where none could be made, or the job's Python has another version of it."""
+    try:
+        return Plan.model_validate(validation.plan) if validation and validation.plan else None
+    except (ValidationError, UserError):
+        return None
 
 
-@router.get("/ui/jobs/{job_id}")
-def show_job(request: Request, principal: auth.reader, job_id: JobId, jobs: JobsDep) -> Response:
-    """One job: progress, result, files, events, and how to reproduce it."""
-    tenant = principal.sees
-    row = jobs.get(tenant, job_id)
-    events = _newest_events(jobs, job_id)
-    finished = row.status in FINISHED
-    now = time.time()
-    progress = view(row).progress
-    elapsed = max(0.0, (row.finished_at or now) - row.started_at) if row.started_at else None
-    return render(
-        request, "job.html", principal, here="jobs", job=view(row), row=row, target=target(row), finished=finished, now=now,
-        phases=_phases(row), stage=stage_label(progress.stage) if progress else None, events=events,
-        num_blocks=next((event.data["num_blocks"] for event in events if event.type == "job.block"), None),
-        elapsed=elapsed, may_write=_may_write(principal),
-        blocks=jobs.blocks(tenant, job_id), artifacts=jobs.artifacts(tenant, job_id), verdict=verdict(row),
-        tiles=tiles(row.result) if row.result else [], commands=commands(row, str(request.base_url), auth=jobs.settings.auth),
-    )  # fmt: skip
-
-
-def _newest_events(jobs: Jobs, job_id: str) -> Sequence[Row]:
-    """Newest first, without the progress that the bar shows."""
-    events = tables.events
-    query = sa.select(events).where(events.c.job_id == job_id, events.c.type != "job.progress")
-    with jobs.engine.connect() as connection:
-        return connection.execute(query.order_by(events.c.seq.desc()).limit(LOG_SIZE)).all()
-
-
-def _phases(row: Row) -> list[dict[str, str]]:
-    """Each phase with its state: done, current, failed, stopped or waiting."""
-    at = len(PHASES) if row.status == "succeeded" else PHASES.index(row.phase) if row.phase in PHASES else -1
-    here = {"failed": "failed", "cancelled": "stopped", "queued": "waiting"}.get(row.status, "current")
-    return [
-        {"name": phase, "state": "done" if index < at else here if index == at else "waiting"}
-        for index, phase in enumerate(PHASES)
-    ]
-
-
-def _may_write(principal: Principal) -> bool:
-    return bool({"write", "admin"} & principal.scopes)
+def _entry(row: Row, now: float) -> dict[str, Any]:
+    job = view(row)
+    progress = job.progress if row.status in ("running", "cancelling") else None
+    return {
+        "row": row, "progress": progress, "stage": stage_label(progress.stage) if progress else None, "left": job.eta_s,
+        "phases": live.phases(row), "elapsed": live.elapsed(row, now), "headline": headline(row.result) if row.result else None,
+    }  # fmt: skip
 
 
 @router.post("/ui/jobs/{job_id}/{verb}")

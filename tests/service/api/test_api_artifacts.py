@@ -127,7 +127,7 @@ def test_the_report_page_is_sandboxed(service: Service, path: str) -> None:
     assert (page.status_code, page.text) == (200, "<script>1</script>")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     policy = page.headers["content-security-policy"]
-    assert policy.startswith("sandbox allow-scripts; default-src 'none';")
+    assert policy.startswith("sandbox allow-scripts allow-downloads; default-src 'none';")
     assert "allow-same-origin" not in policy and "connect-src" not in policy
     artifact = service.get(f"{job}/artifacts/report.html")
     assert artifact.headers["content-disposition"].startswith("attachment")

@@ -28,13 +28,21 @@ async function refresh() {
   }
 }
 
+// What the server sent of each part: tips, opened details and ticked boxes change the page, and are no reason to draw it anew.
+const drawn = new Map([...document.querySelectorAll("[data-live]")].map((part) => [part.id, part.outerHTML]));
+
 function swap(fresh) {
   for (const part of document.querySelectorAll("[data-live]")) {
     const now = fresh.getElementById(part.id);
-    if (!now || part.outerHTML === now.outerHTML) continue;
+    if (!now || drawn.get(part.id) === now.outerHTML) continue;
+    drawn.set(part.id, now.outerHTML);
+    const boxes = [...part.querySelectorAll("[id]")];
     const focused = part.contains(document.activeElement) ? document.activeElement.id : "";
-    const scrolled = [...part.querySelectorAll("[id]")].filter((box) => box.scrollTop).map((box) => [box.id, box.scrollTop]);
+    const scrolled = boxes.filter((box) => box.scrollTop).map((box) => [box.id, box.scrollTop]);
+    const open = boxes.filter((box) => box.open).map((box) => box.id), ticked = boxes.filter((box) => box.checked).map((box) => box.id);
     part.replaceWith(now);
+    for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+    for (const id of ticked) { const box = document.getElementById(id); if (box) box.checked = true; }
     for (const [id, top] of scrolled) document.getElementById(id)?.scrollTo(0, top);
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   }
@@ -63,4 +71,44 @@ function follow(url) {
 if (page.dataset.events) follow(page.dataset.events);
 if (page.dataset.every) {
   setInterval(() => { if (!document.hidden) refresh(); }, 1000 * Number(page.dataset.every));
+}
+
+// The form: a slider beside the number, and the plan without leaving the page.
+const form = document.getElementById("new");
+
+function slide(number) {
+  const slider = document.createElement("input");
+  Object.assign(slider, { type: "range", min: 0, max: 0.95, step: 0.01, value: number.value || 0.5 });
+  slider.setAttribute("aria-label", "Sparsity, as a slider");
+  slider.oninput = () => { number.value = slider.value; };
+  number.addEventListener("input", () => { slider.value = number.value || 0.5; });
+  number.after(slider);
+}
+
+async function plan(button) {
+  const out = document.getElementById("plan");
+  button.disabled = true;
+  out.textContent = "Planning …";
+  try {
+    const body = new URLSearchParams(new FormData(form));
+    const answer = await fetch(button.formAction, { method: "POST", body, headers: { Accept: "text/html" } });
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const id of ["plan", "problem"]) {
+      const now = fresh.getElementById(id);
+      document.getElementById(id).replaceChildren(...(now ? now.childNodes : [fresh.querySelector("main")?.innerText ?? ""]));
+    }
+  } catch {
+    out.textContent = "The service did not answer; try again.";
+  } finally {
+    button.disabled = false;
+  }
+}
+
+if (form) {
+  for (const number of form.querySelectorAll("[data-slider]")) slide(number);
+  form.addEventListener("submit", (event) => {
+    if (event.submitter?.id !== "do-plan") return;
+    event.preventDefault();
+    plan(event.submitter);
+  });
 }

@@ -1,0 +1,59 @@
+"""The page of one job: its stages and curves while it runs, its plots and numbers afterwards."""
+
+from __future__ import annotations
+
+import re
+
+import sqlalchemy as sa
+from pages_kit import Pages, begin, succeed
+
+from llmprune_service import tables
+from reports import sample_report
+
+
+def test_stages_are_bars_and_what_they_bring_down_is_a_curve(pages: Pages) -> None:
+    """Ended stages with their time, the current one with its steps; a point for each value, those without one left out."""
+    execution = begin(pages.jobs, pages.submit())
+    for stage in ("load", "prune"):
+        execution.say("job.metric", {"name": "stage", "stage": stage, "seconds": 65.0})
+    for done, value in ((1, 3.5), (2, 3.25), (3, None), (3, "x"), (3, 3.0)):
+        facts = {"stage": "refine", "done": done, "total": 8, "detail": ""} | ({} if value is None else {"value": value})
+        progress = {"stage": "refine", "done": done, "total": 8, "began": 0, "resumed_at": 0}
+        execution.say("job.progress", facts, progress=progress)
+    execution.flush()
+    text = pages.get(f"/ui/jobs/{execution.job.id}")
+    stages = re.findall(r'<li><span>([^<]+)</span> <progress[^>]*></progress> <span class="muted">([^<]+)<', text)
+    took = "1 min 05 s"
+    assert stages == [("Loading model", took), ("Pruning blocks", took), ("Refining the mask", "3 of 8 (38 %)")]
+    assert re.findall(r'<progress id="stage" max="(\d)" value="(\d)"', text) == [("8", "3")]
+    assert re.findall(r"<title>(\d: 3\.\d+)</title>", text) == ["1: 3.5000", "2: 3.2500", "3: 3.0000"]
+    assert "<title>1: 0.0100</title>" in text  # the errors of the blocks
+    answer = pages.client.get(f"/ui/jobs/{execution.job.id}/plots/refine.svg")
+    assert answer.headers["content-type"].startswith("image/svg+xml") and 'xmlns="' in answer.text and "3.2500" in answer.text
+    listed = pages.get("/")
+    assert "Refining the mask 38 %" in listed and "left of this stage" in listed
+
+
+def test_a_finished_job_shows_its_report(pages: Pages) -> None:
+    """Plots, each with a link to its file, and the numbers behind them; what there is no plot of is not found."""
+    row = pages.job_in("succeeded")
+    text = pages.get(f"/ui/jobs/{row.id}")
+    for name in ("sparsity", "errors", "speed"):
+        assert f'href="/ui/jobs/{row.id}/plots/{name}.svg"' in text
+        answer = pages.client.get(f"/ui/jobs/{row.id}/plots/{name}.svg")
+        assert answer.status_code == 200 and f"{name}.svg" in answer.headers["content-disposition"]
+    for figure in ("block 0, q_proj: 52.00 %", "61,012", "Output error by site", "20.97", "1.40x"):
+        assert figure in text, figure
+    assert pages.client.get(f"/ui/jobs/{row.id}/plots/front.svg").status_code == 404
+    assert pages.client.get(f"/ui/jobs/{row.id}/plots/%3Cb%3E.svg").status_code == 404
+
+
+def test_a_report_of_another_version_leaves_the_headline(pages: Pages) -> None:
+    """What this version cannot read has no plots, but a page."""
+    row = pages.submit()
+    succeed(begin(pages.jobs, row), sample_report(num_blocks=1))
+    with pages.jobs.engine.begin() as connection:
+        connection.execute(sa.update(tables.reports).values(report={"schema_version": 99}))
+    text = pages.get(f"/ui/jobs/{row.id}")
+    assert "16.21 → 21.94" in text and "plots/sparsity" not in text
+    assert "has no report to compare" in pages.get(f"/ui/compare?job={row.id}")
