@@ -9,6 +9,7 @@ import time
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _ULID = f"[{_ALPHABET}]{{26}}"
 JOB_ID = re.compile(f"job_{_ULID}")
+SWEEP_ID = re.compile(f"sweep_{_ULID}")
 
 
 def new_id(prefix: str) -> str:

@@ -6,25 +6,24 @@ Every query names the tenant; another tenant's job is not found. Who executes a 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from llmprune_service import tables, webhooks
+from llmprune_service import idempotency, tables, webhooks
 from llmprune_service.database import now
 from llmprune_service.engine import Queue, run_id
-from llmprune_service.ids import new_id
 from llmprune_service.problems import Problem, not_found
 from llmprune_service.schemas import FINISHED, PHASES, WEBHOOK_EVENTS, Error, JobPatch, JobRequest, JobView, ProgressView
 from llmprune_service.settings import Settings
 from llmprune_service.store import Store, remove_tree
+from llmprune_service.submissions import Submission
 
 Row = sa.Row[Any]
 Events = Sequence[tuple[str, Mapping[str, Any]]]  # type and data
-_ACTIVE = ("queued", "running", "cancelling")
+ACTIVE = ("queued", "running", "cancelling")
 _RETRY_LATER = {"Retry-After": "60"}
 
 
@@ -53,39 +52,21 @@ class Jobs:
         Raises:
             Problem: 422 for a key used with another request, 429 with too many jobs queued, 507 over the disk quota.
         """
-        job_id = new_id("job")
-        config = request.config
-        values = {
-            "id": job_id, "tenant": tenant, "status": "queued", "model": config.model, "revision": revision,
-            "method": config.method, "pattern": config.pattern, "sparsity": config.sparsity,
-            "config": config.model_dump(mode="json", exclude_unset=True), "priority": request.priority,
-            "timeout_s": request.timeout_s or self.settings.max_timeout_s, "metadata": request.metadata, "retries": {},
-            "webhook": request.webhook.model_dump(mode="json") if request.webhook else None,
-            "bytes_reserved": bytes_reserved, "created_at": self.now, "updated_at": self.now,
-        }  # fmt: skip
-        fingerprint = _fingerprint(request)
+        submission = Submission(request, revision, bytes_reserved)
         try:
             with self.engine.begin() as connection:
-                if idempotency_key is not None:  # first, so that a repeated request waits here for the one before it
-                    key = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "job_id": job_id}
-                    connection.execute(sa.insert(tables.idempotency_keys).values(**key, created_at=self.now))
-                self._check_quota(connection, tenant, bytes_reserved)
-                connection.execute(sa.insert(tables.jobs).values(values))
-                write_metadata(connection, job_id, request.metadata)
-                self.queue.enqueue(connection, job_id, 1, request.priority)
-                row = self.append(connection, job_id, [("job.queued", {"priority": request.priority})])
+                idempotency.remember(connection, tenant, request, idempotency_key, submission.id)
+                (row,) = self.place(connection, tenant, [submission])
         except IntegrityError:
-            return self._replayed(tenant, idempotency_key, fingerprint), False
+            known = self.replay(tenant, request, idempotency_key)
+            assert known is not None
+            return known, False
         return row, True
 
-    def replay(self, tenant: str, request: JobRequest, idempotency_key: str) -> Row | None:
+    def replay(self, tenant: str, request: JobRequest, idempotency_key: str | None) -> Row | None:
         """The job this key made before, or None; raises Problem 422 if that was for another request."""
-        keys = tables.idempotency_keys
-        with self.engine.connect() as connection:
-            known = sa.select(keys.c.job_id).where(keys.c.tenant == tenant, keys.c.key == idempotency_key)
-            if connection.execute(known).first() is None:
-                return None
-        return self._replayed(tenant, idempotency_key, _fingerprint(request))
+        made = idempotency.made_by(self.engine, tenant, request, idempotency_key)
+        return None if made is None else self.get(tenant, made)
 
     def get(self, tenant: str | None, job_id: str) -> Row:
         """One job; raises Problem 404."""
@@ -101,14 +82,16 @@ class Jobs:
         status: str | None = None,
         model: str | None = None,
         method: str | None = None,
+        sweep: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> tuple[Sequence[Row], bool]:
         """Jobs that match, newest first, and whether there are more; ``after`` is the last id of the page before."""
         jobs = tables.jobs
         query = sa.select(jobs).where(*_of_tenant(tenant))
-        for column, value in ((jobs.c.status, status), (jobs.c.model, model), (jobs.c.method, method)):
+        filters = {"status": status, "model": model, "method": method, "sweep_id": sweep}
+        for name, value in filters.items():
             if value is not None:
-                query = query.where(column == value)
+                query = query.where(jobs.c[name] == value)
         for key, value in (metadata or {}).items():
             pair = tables.job_metadata.alias()
             query = query.where(sa.exists().where(pair.c.job_id == jobs.c.id, pair.c.key == key, pair.c.value == value))
@@ -207,15 +190,22 @@ class Jobs:
         """Delete a finished job with its files; raises Problem 404 or 409."""
         with self.engine.begin() as connection:
             row = self._get(connection, tenant, job_id)
+            if row.sweep_id is not None:  # of its last two jobs, deleted at once, one must see that the other is gone
+                lock_sweep(connection, row.sweep_id, updated_at=self.now)
             deleted = connection.execute(
                 sa.delete(tables.jobs).where(tables.jobs.c.id == job_id, tables.jobs.c.status.in_(sorted(FINISHED)))
             )
             if not deleted.rowcount:
                 raise _conflict(row, "deleted", "finished; cancel it first")
-            keys = tables.idempotency_keys
-            connection.execute(sa.delete(keys).where(keys.c.tenant == row.tenant, keys.c.job_id == job_id))
+            idempotency.forget(connection, row.tenant, job_id)
+            if row.sweep_id is not None:
+                self._delete_empty_sweep(connection, row.tenant, row.sweep_id)
+        self.remove_files(row.tenant, job_id)
+
+    def remove_files(self, tenant: str, job_id: str) -> None:
+        """What a deleted job leaves behind in the queue and on disks."""
         self.queue.delete_job(job_id)
-        Store(self.settings).delete(row.tenant, job_id)
+        Store(self.settings).delete(tenant, job_id)
         remove_tree(self.settings.work_dir / job_id)  # on other hosts, their workers sweep
 
     def workers(self) -> Sequence[Row]:
@@ -232,7 +222,21 @@ class Jobs:
                 raise not_found("worker")
         return next(row for row in self.workers() if row.id == worker_id)
 
-    # Parts, also for who executes -----------------------------------------------------------------------------------
+    # Parts, also for sweeps and for who executes ----------------------------------------------------------------------
+
+    def place(self, connection: sa.Connection, tenant: str, submissions: Sequence[Submission]) -> Sequence[Row]:
+        """Queue jobs inside the caller's transaction; raises Problem 429 or 507 where not all of them may be."""
+        self._check_quota(connection, tenant, submissions)
+        rows = []
+        for submission in submissions:
+            request = submission.request
+            times = {"created_at": self.now, "updated_at": self.now}
+            values = {"tenant": tenant, **submission.columns(self.settings), **times}
+            connection.execute(sa.insert(tables.jobs).values(values))
+            write_metadata(connection, submission.id, request.metadata)
+            self.queue.enqueue(connection, submission.id, 1, request.priority)
+            rows.append(self.append(connection, submission.id, [("job.queued", {"priority": request.priority})]))
+        return rows
 
     def append(self, connection: sa.Connection, job_id: str, events: Events, *where: Any, **values: Any) -> Row:
         """Add events to a job, and change it; the update takes the row's lock, so ``seq`` has no holes and no doubles.
@@ -290,43 +294,42 @@ class Jobs:
             self._get(connection, tenant, job_id)
             return connection.execute(query).all()
 
-    def _check_quota(self, connection: sa.Connection, tenant: str, bytes_reserved: int) -> None:
+    def _delete_empty_sweep(self, connection: sa.Connection, tenant: str, sweep_id: str) -> None:
+        jobs, sweeps = tables.jobs, tables.sweeps
+        left = sa.exists().where(jobs.c.sweep_id == sweep_id)
+        if connection.execute(sa.delete(sweeps).where(sweeps.c.id == sweep_id, ~left)).rowcount:
+            idempotency.forget(connection, tenant, sweep_id)
+
+    def _check_quota(self, connection: sa.Connection, tenant: str, submissions: Sequence[Submission]) -> None:
         jobs = tables.jobs
-        active = sa.func.count().filter(jobs.c.status.in_(_ACTIVE))
+        active = sa.func.count().filter(jobs.c.status.in_(ACTIVE))
         count, used = connection.execute(
             sa.select(active, sa.func.coalesce(sa.func.sum(jobs.c.bytes_reserved), 0)).where(jobs.c.tenant == tenant)
         ).one()
-        if count >= self.settings.max_queued:
+        if count + len(submissions) > self.settings.max_queued:
+            more = f", {len(submissions)} are to come" if len(submissions) > 1 else ""
             raise Problem(
-                429, "too-many-jobs", f"{count} jobs are queued or running, the limit is {self.settings.max_queued}. "
+                429, "too-many-jobs", f"{count} jobs are queued or running{more}, the limit is {self.settings.max_queued}. "
                 "Wait for some to finish, or cancel some.", headers=_RETRY_LATER,
             )  # fmt: skip
         used = int(used)  # PostgreSQL sums up to a decimal
-        if used + bytes_reserved > self.settings.tenant_quota_bytes:
+        needed = sum(submission.bytes_reserved for submission in submissions)
+        if used + needed > self.settings.tenant_quota_bytes:
+            what = "This job needs" if len(submissions) == 1 else f"These {len(submissions)} jobs need"
             raise Problem(
-                507, "quota-exceeded", f"This job needs {bytes_reserved / 1e9:.1f} GB and {used / 1e9:.1f} GB of "
+                507, "quota-exceeded", f"{what} {needed / 1e9:.1f} GB and {used / 1e9:.1f} GB of "
                 f"{self.settings.tenant_quota_bytes / 1e9:.1f} GB are in use. Delete finished jobs.",
             )  # fmt: skip
-
-    def _replayed(self, tenant: str, key: str | None, fingerprint: str) -> Row:
-        keys = tables.idempotency_keys
-        with self.engine.connect() as connection:
-            used = connection.execute(sa.select(keys).where(keys.c.tenant == tenant, keys.c.key == key)).one()
-        if used.fingerprint != fingerprint:
-            raise Problem(
-                422,
-                "idempotency-key-reused",
-                "This Idempotency-Key came with another request. Use a new key for a new job.",
-            )
-        return self.get(tenant, used.job_id)
 
 
 class Lost(Exception):
     """The job is no longer this execution's to write: another one has it, or it is gone."""
 
 
-def _fingerprint(request: JobRequest) -> str:
-    return hashlib.sha256(request.model_dump_json(exclude_unset=True).encode()).hexdigest()
+def lock_sweep(connection: sa.Connection, sweep_id: str, *where: sa.ColumnElement[bool], **values: Any) -> Row | None:
+    """Change a sweep's row, which keeps it to this transaction; None if it is not there."""
+    sweeps = tables.sweeps
+    return connection.execute(sa.update(sweeps).where(sweeps.c.id == sweep_id, *where).values(values).returning(sweeps)).first()
 
 
 def write_metadata(connection: sa.Connection, job_id: str, metadata: Mapping[str, str]) -> None:
@@ -347,11 +350,14 @@ def view(row: Row) -> JobView:
             eta = round((row.updated_at - row.progress["began"]) / fresh * (total - done), 1)
     metadata = {key: str(value) for key, value in row.metadata.items()}  # the worker refuses what SQL let in besides strings
     links = {"self": f"/v1/jobs/{row.id}", "events": f"/v1/jobs/{row.id}/events", "page": f"/ui/jobs/{row.id}"}
+    if row.sweep_id is not None:
+        links["sweep"] = f"/v1/sweeps/{row.sweep_id}"
     if row.status == "succeeded":
         links |= {"report": f"/v1/jobs/{row.id}/report", "artifacts": f"/v1/jobs/{row.id}/artifacts"}
     return JobView(
-        id=row.id, status=row.status, phase=row.phase if row.phase in PHASES else None, model=row.model, revision=row.revision,
-        config=row.config, priority=row.priority, timeout_s=row.timeout_s, metadata=metadata, progress=progress, eta_s=eta,
+        id=row.id, kind=row.kind, sweep_id=row.sweep_id, point=row.point, status=row.status,
+        phase=row.phase if row.phase in PHASES else None, model=row.model, revision=row.revision, config=row.config,
+        priority=row.priority, timeout_s=row.timeout_s, metadata=metadata, progress=progress, eta_s=eta,
         attempt=row.attempt, recoveries=row.recoveries, worker=row.worker, result=row.result,
         error=Error(**row.error) if row.error else None, created_at=row.created_at, started_at=row.started_at,
         finished_at=row.finished_at, links=links,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llmprune.errors import ConfigError, TextError
@@ -41,10 +41,13 @@ def check(request: JobRequest, settings: Settings) -> None:
     ):
         found.setdefault(pointer, detail)
     if found:
-        errors = [{"pointer": pointer, "detail": detail} for pointer, detail in found.items()]
-        raise Problem(
-            422, "policy", f"This service does not accept {', '.join(found)}; errors say what it does.", errors=errors
-        )
+        raise refusal(found)
+
+
+def refusal(found: Mapping[str, str]) -> Problem:
+    """The answer to a request that is wrong at these pointers, by what is wrong there."""
+    errors = [{"pointer": pointer, "detail": detail} for pointer, detail in found.items()]
+    return Problem(422, "policy", f"This service does not accept {', '.join(found)}; errors say what it does.", errors=errors)
 
 
 def is_hub_text(source: str) -> bool:

@@ -30,6 +30,7 @@ from llmprune.spec import PruneConfig
 from llmprune_service import hub, policy
 from llmprune_service.child_job import ChildFailed, ChildJob
 from llmprune_service.execution import Cancelled, Draining, Execution, JobFailed
+from llmprune_service.points import axis_values
 from llmprune_service.problems import Problem
 from llmprune_service.schemas import JobRequest
 from llmprune_service.settings import Settings
@@ -266,6 +267,7 @@ def headline(report: Report) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "sparsity": report.sparsity, "verdict": report.verdict.status, "verdict_text": report.verdict.text,
         "seconds": report.seconds, "checkpoint_bytes": report.checkpoint_bytes, "dense_bytes": dense,
+        "values": axis_values(report),
         "text": None, "perplexity_dense": None, "perplexity_pruned": None, "ratio": None, "kl": None, "top1_agreement": None,
     }  # fmt: skip
     if worst is not None:

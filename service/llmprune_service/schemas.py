@@ -7,8 +7,15 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from llmprune.spec import PruneConfig
+from llmprune.sweep_spec import AXES as SWEEP_AXES
+from llmprune.sweep_spec import SweepConfig
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Kind = Literal["prune", "auto"]
+AxisName = Literal[
+    "perplexity", "perplexity_increase", "kl", "sparsity", "parameters", "bytes", "decode_speedup", "prefill_speedup",
+    "decode_ms",
+]  # fmt: skip
 Phase = Literal["resolve", "fetch", "prune", "evaluate", "benchmark", "package"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 PHASES: tuple[Phase, ...] = ("resolve", "fetch", "prune", "evaluate", "benchmark", "package")
@@ -17,6 +24,7 @@ WEBHOOK_EVENTS: tuple[WebhookEvent, ...] = ("job.running", "job.succeeded", "job
 DEFAULT_PRIORITY = 5
 MAX_METADATA = 16
 T = TypeVar("T")
+Values = Annotated[tuple[T, ...], Field(max_length=100)]
 
 Priority = Annotated[int, Field(ge=0, le=9, description="9 is served first; equal ones in the order they came.")]
 MetadataKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -56,6 +64,43 @@ class JobRequest(PruneConfig, ServiceFields):
         return PruneConfig.model_validate(self.model_dump(include=set(PruneConfig.model_fields), exclude_unset=True))
 
 
+class SweepRequest(SweepConfig, ServiceFields):
+    """Many jobs on one model: the library's SweepConfig, and the service's own fields for each of its jobs."""
+
+    @property
+    def config(self) -> SweepConfig:
+        """The library's part: the fields that were set."""
+        return SweepConfig.model_validate(self.model_dump(include=set(SweepConfig.model_fields), exclude_unset=True))
+
+    def job(self, config: PruneConfig) -> JobRequest:
+        """One of its jobs."""
+        own = self.model_dump(include=set(ServiceFields.model_fields), exclude_unset=True)
+        return JobRequest(**config.model_dump(exclude_unset=True), **own)
+
+
+class SweepAxes(_Model):
+    """Further values of a sweep's axes; an axis that is left out has the values it has."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    methods: Values[str] = ()
+    patterns: Values[str] = ()
+    sparsities: Values[float] = ()
+    allocations: Values[str] = ()
+    efforts: Values[str] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not any(self.axes.values()):
+            raise ValueError(f"nothing to add: give values of {', '.join(SWEEP_AXES)}")
+        return self
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """The values by axis."""
+        return {axis: getattr(self, axis) for axis in SWEEP_AXES}
+
+
 class JobPatch(_Model):
     """What may be changed after submission."""
 
@@ -92,6 +137,9 @@ class JobView(_Model):
 
     object: Literal["job"] = "job"
     id: str
+    kind: Kind = "prune"
+    sweep_id: str | None = Field(None, description="The sweep it is a point of.")
+    point: str | None = Field(None, description="Its name there.")
     status: Status
     phase: Phase | None
     model: str
@@ -111,6 +159,62 @@ class JobView(_Model):
     started_at: float | None
     finished_at: float | None
     links: dict[str, str]
+
+
+class SweepView(_Model):
+    """A sweep: running while one of its jobs is under way, then failed or cancelled if one of them is.
+
+    ``counts`` are its jobs by status; what they came to is in ``/points``. Times are unix seconds.
+    """
+
+    object: Literal["sweep"] = "sweep"
+    id: str
+    status: Status
+    model: str
+    revision: str | None
+    config: dict[str, Any]
+    priority: int
+    timeout_s: int | None
+    metadata: dict[str, str]
+    num_points: int
+    counts: dict[Status, int]
+    created_at: float
+    finished_at: float | None
+    links: dict[str, str]
+
+
+class SweepPointView(_Model):
+    """A job of a sweep. ``values`` are by axis of a plot: null is not finite, what was not measured is left out."""
+
+    object: Literal["point"] = "point"
+    name: str
+    job_id: str
+    status: Status
+    config: dict[str, Any]
+    values: dict[str, float | None]
+    on_front: bool
+    error: Error | None
+    links: dict[str, str]
+
+
+class SweepPoints(_Model):
+    """What a sweep came to so far; ``on_front`` are the points that no other one beats on both axes ``x`` and ``y``."""
+
+    object: Literal["list"] = "list"
+    data: tuple[SweepPointView, ...]
+    x: str
+    y: str
+    differing: tuple[str, ...] = Field(description="The fields in which the jobs differ.")
+    notes: tuple[str, ...] = Field(description="What to mind when they are compared.")
+
+
+class SweepExtension(_Model):
+    """What was added: names of the new points, and of those that were there already and stay as they are."""
+
+    object: Literal["extension"] = "extension"
+    added: tuple[str, ...]
+    known: tuple[str, ...]
+    sweep: SweepView
 
 
 class EventView(_Model):

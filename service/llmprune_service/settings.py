@@ -67,6 +67,7 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(64 * 1024, description="Largest request body.")
     max_queued: int = Field(1000, description="Queued and running jobs of one tenant.")
+    max_sweep_points: Annotated[int, Field(ge=1)] = Field(100, description="Jobs of one sweep.")
     max_submissions_per_minute: Annotated[int, Field(ge=1)] = Field(600, description="Submissions of one tenant.")
     max_streams: int = Field(1000, description="Event streams open at a time for one key.")
     max_calibration_tokens: int = Field(2**26, description="num_samples * seq_len a request may ask for.")

@@ -16,11 +16,30 @@ metadata = sa.MetaData(
 )
 _JSON = sa.JSON(none_as_null=True)
 
+sweeps = sa.Table(
+    "sweeps",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("revision", sa.Text),  # the commit of every point
+    sa.Column("config", _JSON, nullable=False),  # SweepConfig, the fields that were set
+    sa.Column("fields", _JSON, nullable=False),  # of every point's submission: priority, timeout_s, metadata, webhook
+    sa.Column("num_points", sa.Integer, nullable=False),  # ever made: the next one's number
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double, nullable=False),
+    sa.Index(None, "tenant", "created_at", "id"),
+)
+
 jobs = sa.Table(
     "jobs",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False, server_default="prune"),  # prune auto
+    sa.Column("sweep_id", sa.Text),  # the sweep that the job is a point of
+    sa.Column("sweep_index", sa.Integer),  # 0, 1, 2 ... within it
+    sa.Column("point", sa.Text),  # its name there, such as sparsegpt-2-4
     sa.Column("status", sa.Text, nullable=False),  # queued running cancelling succeeded failed cancelled
     sa.Column("phase", sa.Text),  # resolve fetch prune evaluate benchmark package
     sa.Column("model", sa.Text, nullable=False),
@@ -54,6 +73,7 @@ jobs = sa.Table(
     sa.Index(None, "tenant", "status"),
     sa.Index(None, "status", "created_at"),
     sa.Index(None, "tenant", "model"),
+    sa.Index(None, "sweep_id", "sweep_index"),
 )
 
 reports = sa.Table(  # apart from the jobs: a report of a large model is a megabyte, and lists have no use for it
@@ -136,7 +156,7 @@ idempotency_keys = sa.Table(
     sa.Column("tenant", sa.Text, primary_key=True),
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("fingerprint", sa.Text, nullable=False),  # sha256 of the request
-    sa.Column("job_id", sa.Text, nullable=False),
+    sa.Column("job_id", sa.Text, nullable=False),  # what it made: a job or a sweep
     sa.Column("created_at", sa.Double, nullable=False),
 )
 

@@ -232,6 +232,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", choices=["demo"])
     for name, kind, default in (("num-samples", int, 4), ("damping", float, 0.1), ("seed", int, 0), ("batch-size", int, None)):
         parser.add_argument(f"--{name}", type=kind, default=default)
+    for name in ("method", "sparsity", "pattern", "sequential"):  # what the points of a sweep differ in
+        parser.add_argument(f"--{name}")
     parser.add_argument("--skip", action="append", default=[])
     parser.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", choices=["checkpoint"], required=True)

@@ -18,6 +18,7 @@ from proxy import Proxy
 from llmprune.errors import ConfigError, OutputError
 from llmprune.report import Report
 from llmprune.spec import PruneConfig
+from llmprune.sweep_spec import SweepConfig
 from llmprune_service.api.app import create_app
 from llmprune_service.client import ApiError, Client, ServiceUnreachable
 from llmprune_service.database import migrate
@@ -155,6 +156,42 @@ def test_validation_queues_nothing(client: Client) -> None:
     before = [job.id for job in client.list()]
     assert client.validate(seed=3)["model"] == "demo"
     assert [job.id for job in client.list()] == before
+
+
+# Sweeps ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_from_submission_to_deletion(client: Client, service: Service) -> None:
+    """Fields of a job are those of all its jobs; its points are compared as they end."""
+    sweep = client.sweep(SweepConfig(sparsities=(0.5, 0.6)), methods=["wanda"], num_samples=8, metadata={"of": "sweep"})
+    assert (sweep.status, sweep.num_points, sweep.metadata) == ("queued", 2, {"of": "sweep"})
+    assert sweep.config == {"base": {"num_samples": 8}, "methods": ["wanda"], "sparsities": [0.5, 0.6]}
+    assert client.sweeps.extend(sweep.id, patterns=["unstructured", "2:4"]).added == ("wanda-2-4",)
+    with pytest.raises(TimeoutError, match="still queued after 0.1 seconds"):
+        client.sweeps.wait(sweep.id, timeout=0.1)
+    jobs = {job.point: job.id for job in client.list(sweep=sweep.id)}
+    service.succeed(jobs["wanda-0.5"])
+    service.claim(jobs["wanda-2-4"]).fail("out_of_memory", "too large")
+    assert client.sweeps.cancel(sweep.id).status == "failed"
+    assert client.sweeps.resume(sweep.id).counts == {"succeeded": 1, "queued": 1, "failed": 1}
+    client.sweeps.retry(sweep.id)
+    for name in ("wanda-0.6", "wanda-2-4"):
+        service.succeed(jobs[name])
+    assert client.sweeps.wait(sweep.id, timeout=30) == next(client.sweeps.list())
+    points = client.sweeps.points(sweep.id, x="bytes")
+    assert (points.x, points.y, [point.job_id for point in points.data]) == ("bytes", "perplexity", list(jobs.values())[::-1])
+    assert client.sweeps.csv(sweep.id).count("\n") == 4 and client.sweeps.plot(sweep.id).startswith("<svg")
+    client.sweeps.delete(sweep.id)
+    with pytest.raises(ApiError, match="no such sweep"):
+        client.sweeps.get(sweep.id)
+
+
+def test_what_is_no_sweep_is_refused_at_home_and_by_the_service(client: Client) -> None:
+    """As with jobs."""
+    with pytest.raises(ConfigError, match="methods names wanda twice"):
+        client.sweep(methods=["wanda", "wanda"])
+    with pytest.raises(ApiError, match="/methods: .*Did you mean 'wanda'"):
+        client.sweep(methods=["wnda"])
 
 
 # Looking --------------------------------------------------------------------------------------------------------------

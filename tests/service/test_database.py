@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from llmprune_service import tables
-from llmprune_service.database import at_head, make_engine, migrate
+from llmprune_service.database import alembic_config, at_head, make_engine, migrate
 from postgres_server import Postgres
 
 
@@ -44,6 +45,29 @@ def test_the_migrations_make_the_tables_the_code_sees(database_url: str) -> None
         )
         assert compare_metadata(context, tables.metadata) == []
         assert ours <= set(sa.inspect(connection).get_table_names())
+    engine.dispose()
+
+
+def test_an_upgrade_keeps_what_is_there(tmp_path: Path) -> None:
+    """A job of the first release, with all that belongs to it, is an ordinary job of this one."""
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    config = alembic_config(url)
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        old = sa.MetaData()
+        old.reflect(connection, only=["jobs", "events"])
+        job = {"id": "job_1", "tenant": "default", "status": "queued", "model": "demo", "method": "wanda", "sparsity": 0.5}
+        more = {"pattern": "2:4", "config": {}, "priority": 5, "timeout_s": 60, "metadata": {}, "retries": {}}
+        connection.execute(sa.insert(old.tables["jobs"]).values(**job, **more, created_at=1.0, updated_at=1.0))
+        event = {"job_id": "job_1", "seq": 1, "type": "job.queued", "data": {}, "created_at": 1.0}
+        connection.execute(sa.insert(old.tables["events"]).values(event))
+    migrate(url)
+    with engine.connect() as connection:
+        (row,) = connection.execute(sa.select(tables.jobs)).all()
+        assert (row.id, row.kind, row.sweep_id) == ("job_1", "prune", None)
+        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.events)) == 1
     engine.dispose()
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from llmprune.cli import app, with_plugins
 from llmprune_service.api.app import create_app
-from llmprune_service.client import Client, ServiceError
+from llmprune_service.client import Client, ServiceError, SweepClient
 from llmprune_service.database import make_engine
 from llmprune_service.engine import Queue
 from llmprune_service.jobs import Jobs
@@ -30,7 +30,12 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SOURCES = sorted((ROOT / "service" / "llmprune_service").rglob("*.py"))
 GUIDE = (ROOT / "docs" / "service.md").read_text()
-METHODS = [name for name, value in vars(Client).items() if inspect.isfunction(value) and not name.startswith("_")]
+METHODS = [
+    (kind, name)
+    for kind in (Client, SweepClient)
+    for name, value in vars(kind).items()
+    if inspect.isfunction(value) and not name.startswith("_")
+]
 COMMANDS = with_plugins().registered_commands[len(app.registered_commands) :]
 
 
@@ -40,11 +45,11 @@ def test_every_setting_is_in_the_guide(field: str) -> None:
     assert f"| `LLMPRUNE_{field.upper()}` |" in GUIDE
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_of_the_client_is_in_the_guide(name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_every_method_of_the_client_is_in_the_guide(kind: type, name: str) -> None:
     """In the table, and with a docstring."""
-    assert f"`{name}`" in GUIDE
-    assert getattr(Client, name).__doc__
+    assert (f"`{name}`" if kind is Client else f"`sweeps.{name}`") in GUIDE
+    assert getattr(kind, name).__doc__
 
 
 def test_every_command_and_event_is_in_the_guide() -> None:
@@ -75,6 +80,7 @@ def test_every_route_is_in_the_guide(tmp_path: Path) -> None:
     assert len(paths) > 20
     for path in paths:
         last = path.removesuffix("/{name}").removesuffix("/{job_id}").removesuffix("/{key_id}").removesuffix("/{webhook_id}")
+        last = last.removesuffix("/{sweep_id}")
         assert last.rpartition("/")[2] in GUIDE, path
 
 

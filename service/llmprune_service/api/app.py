@@ -28,6 +28,7 @@ from llmprune_service.api import (
     jobs,
     openapi,
     pages,
+    sweeps,
 )
 from llmprune_service.api.feed import Feed
 from llmprune_service.api.guard import Guard
@@ -48,6 +49,7 @@ _DESCRIPTION = (
 )
 _TAGS = [
     {"name": "jobs", "description": "Submit, watch and steer."},
+    {"name": "sweeps", "description": "Many jobs on one model, side by side."},
     {"name": "results", "description": "Reports, files, comparisons."},
     {"name": "webhooks", "description": "Be told instead of asking."},
     {"name": "workers", "description": "Who runs the jobs."},
@@ -80,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.buckets = TokenBuckets(settings.max_submissions_per_minute)
     app.state.planner = Planner(settings)
     errors.install(app)
-    for module in (jobs, events, artifacts, catalog, admin, health, pages, job_page, compare_page):
+    for module in (jobs, sweeps, events, artifacts, catalog, admin, health, pages, job_page, compare_page):
         app.include_router(module.router)
     pages.mount_static(app)
     return app

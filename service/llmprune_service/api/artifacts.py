@@ -14,8 +14,9 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from llmprune_service.api import auth
+from llmprune_service.api.conditions import IfNoneMatch, matches
 from llmprune_service.api.deps import FileName, JobId, JobsDep, StoreDep, UntilSent
-from llmprune_service.api.jobs import OF_JOB, matches
+from llmprune_service.api.jobs import OF_JOB
 from llmprune_service.api.openapi import KEYED, header, problems
 from llmprune_service.jobs import Jobs, Row
 from llmprune_service.problems import Problem, not_found
@@ -81,9 +82,6 @@ def artifact_view(row: Row) -> ArtifactView:
     """A file as clients see it."""
     url = f"/v1/jobs/{row.job_id}/artifacts/{quote(row.name)}"
     return ArtifactView(name=row.name, bytes=row.bytes, sha256=row.sha256, media_type=row.media_type, url=url)
-
-
-IfNoneMatch = Annotated[str | None, Header(description="ETag of what you have.")]
 
 
 @router.get(

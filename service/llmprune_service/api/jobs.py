@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-import anyio
 from anyio import to_thread
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from llmprune_service import hub, policy
 from llmprune_service.api import auth
+from llmprune_service.api.admission import IdempotencyKey, bytes_needed, check_disk, resolve, submitting
 from llmprune_service.api.auth import Principal
-from llmprune_service.api.deps import AfterId, FeedDep, JobId, JobsDep, Limit, SettingsDep, WaitSeconds
+from llmprune_service.api.conditions import TAGGED, IfNoneMatch, matches, tagged, unless_known
+from llmprune_service.api.deps import AfterId, FeedDep, JobId, JobsDep, Limit, SettingsDep, SweepFilter, WaitSeconds
 from llmprune_service.api.feed import Head
 from llmprune_service.api.openapi import KEYED, header, problems
 from llmprune_service.api.views import Validation
@@ -24,17 +22,13 @@ from llmprune_service.jobs import Jobs, Row, view
 from llmprune_service.problems import Problem
 from llmprune_service.schemas import FINISHED, BlockView, JobPatch, JobRequest, JobView, Page, Status
 from llmprune_service.settings import Settings
-from llmprune_service.tokens import hub_token
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=KEYED)
 OF_JOB = problems(404)
 _MAX_WAIT = 60
 _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,9})(?=$|[,;\s])", re.ASCII)
 _FILTER = re.compile(r"metadata\[([A-Za-z0-9_.-]{1,64})\]", re.ASCII)
-_ETAG = {"ETag": header("Changes with the job.")}
 _CHANGED = {"description": "The job, changed.", "headers": {"Location": header("Where to look at it.")}}
-# Hub requests may take seconds each: they must not occupy the threads that serve everything else.
-_submitting = anyio.CapacityLimiter(16)
 _EXAMPLES: Any = {
     "bundled": {
         "summary": "The bundled model, which needs no network",
@@ -69,15 +63,12 @@ async def submit(
     jobs: JobsDep,
     feed: FeedDep,
     response: Response,
-    idempotency_key: Annotated[
-        str | None,
-        Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$", description="Repeating it makes no second job."),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
     prefer: Annotated[str | None, Header(description="`wait=SECONDS`, at most 60: answer when the job has ended.")] = None,
 ) -> JobView:
     """Queue a pruning job. Every field of the library's configuration may be given; `{}` prunes the bundled model to 50 %."""
     request.app.state.buckets.take(principal.tenant)
-    row, created = await to_thread.run_sync(_place, jobs, principal, body, idempotency_key, limiter=_submitting)
+    row, created = await to_thread.run_sync(_place, jobs, principal, body, idempotency_key, limiter=submitting)
     if not created:
         response.headers["Idempotent-Replayed"] = "true"
     if wanted := _WAIT.search(prefer or ""):
@@ -94,31 +85,10 @@ def _place(jobs: Jobs, principal: Principal, body: JobRequest, key: str | None) 
     """Check what is asked for, pin the model's commit, and queue the job; what was queued before needs none of it."""
     if key is not None and (row := jobs.replay(principal.tenant, body, key)) is not None:
         return row, False
-    resolved = _resolve(body, principal, jobs.settings)
-    needed = _bytes_needed(resolved)
-    _check_disk(jobs.settings, needed)
+    resolved = resolve(body, principal.tenant, jobs.settings)
+    needed = bytes_needed(resolved)
+    check_disk(jobs.settings, needed)
     return jobs.submit(principal.tenant, body, revision=resolved.revision, bytes_reserved=needed, idempotency_key=key)
-
-
-def _resolve(body: JobRequest, principal: Principal, settings: Settings) -> hub.Resolved:
-    policy.check(body, settings)
-    hub.check_texts((body.calibration_source(), *body.eval_sources()), settings)
-    return hub.resolve(body.model, body.revision, token=hub_token(settings, principal.tenant), settings=settings)
-
-
-def _bytes_needed(resolved: hub.Resolved) -> int:
-    """The download (a model on this disk is there already), the finished blocks, and the checkpoint."""
-    return resolved.weights_bytes * (2 if resolved.revision is None else 3)
-
-
-def _check_disk(settings: Settings, needed: int) -> None:
-    """Raise Problem 507 where the job cannot be held; whether a worker on another host can, that one finds out."""
-    free = shutil.disk_usage(settings.data_dir).free - settings.disk_floor_bytes
-    if free < (needed if settings.database_url is None else 0):
-        raise Problem(
-            507, "disk-full", f"The job needs {needed / 1e9:.1f} GB of disk, {max(free, 0) / 1e9:.1f} GB are to be had. Delete "
-            "finished jobs, or try again later.", headers={"Retry-After": "300"},
-        )  # fmt: skip
 
 
 @router.post("/jobs:validate", summary="Try a submission out", responses=problems(429))
@@ -134,11 +104,11 @@ async def compat(principal: auth.reader, organisation: str, name: str, request: 
 
 
 async def _validate(principal: Principal, body: JobRequest, request: Request, settings: Settings) -> Validation:
-    resolved = await to_thread.run_sync(_resolve, body, principal, settings, limiter=_submitting)
+    resolved = await to_thread.run_sync(resolve, body, principal.tenant, settings, limiter=submitting)
     outcome = await request.app.state.planner.plan(body.config, resolved.revision)
     return Validation(
         model=body.model, revision=resolved.revision, gated=resolved.gated, weights_bytes=resolved.weights_bytes,
-        bytes_needed=_bytes_needed(resolved), warnings=[outcome.warning] if outcome.warning else [], plan=outcome.plan,
+        bytes_needed=bytes_needed(resolved), warnings=[outcome.warning] if outcome.warning else [], plan=outcome.plan,
     )  # fmt: skip
 
 
@@ -159,18 +129,19 @@ def list_jobs(
     status: Status | None = None,
     model: str | None = None,
     method: str | None = None,
+    sweep: SweepFilter = None,
 ) -> Page[JobView]:
     """Newest first."""
     metadata = {match[1]: value for name, value in request.query_params.items() if (match := _FILTER.fullmatch(name))}
     rows, more = jobs.list(
-        principal.sees, limit=limit, after=after, status=status, model=model, method=method, metadata=metadata
+        principal.sees, limit=limit, after=after, status=status, model=model, method=method, sweep=sweep, metadata=metadata
     )
     return Page[JobView](data=tuple(map(view, rows)), has_more=more, next=rows[-1].id if more else None)
 
 
 @router.get(
     "/jobs/{job_id}", response_model=JobView, summary="Look at a job",
-    responses={200: {"headers": _ETAG}, 304: {"description": "Not changed since.", "headers": _ETAG}, **problems(404, 429)},
+    responses={**TAGGED, **problems(404, 429)},
 )  # fmt: skip
 async def get_job(
     principal: auth.reader,
@@ -178,30 +149,16 @@ async def get_job(
     jobs: JobsDep,
     feed: FeedDep,
     wait: WaitSeconds = 0,
-    if_none_match: Annotated[str | None, Header(description="ETag of what you have.")] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """With `wait`, the answer is held until the job is no longer what `If-None-Match` names (or what it is now)."""
     row = await run_in_threadpool(jobs.get, principal.sees, job_id)
-    body, tag = _tagged(row)
+    body, tag = tagged(view(row))
     if wait and row.status not in FINISHED and (if_none_match is None or matches(tag, if_none_match)):
         seen = Head.of(row)
         await feed.until(row, lambda head: head != seen, seconds=wait, key=principal.key_id)
-        body, tag = _tagged(await run_in_threadpool(jobs.get, principal.sees, job_id))
-    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-    if if_none_match is not None and matches(tag, if_none_match):
-        return Response(status_code=304, headers=headers)
-    return Response(body, headers=headers, media_type="application/json")
-
-
-def _tagged(row: Row) -> tuple[str, str]:
-    """The job as JSON, and its digest as a strong ETag."""
-    body = view(row).model_dump_json()
-    return body, f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
-
-
-def matches(tag: str, condition: str) -> bool:
-    """Whether If-None-Match names the tag (RFC 9110, weak comparison)."""
-    return condition.strip() == "*" or tag in (part.strip().removeprefix("W/") for part in condition.split(","))
+        body, tag = tagged(view(await run_in_threadpool(jobs.get, principal.sees, job_id)))
+    return unless_known(body, tag, if_none_match)
 
 
 @router.patch("/jobs/{job_id}", summary="Change priority or metadata", responses=problems(404, 409))

@@ -2,6 +2,7 @@
 
 from llmprune_service.client.direct import enqueue
 from llmprune_service.client.rest import Client
+from llmprune_service.client.sweeps import SweepClient
 from llmprune_service.client.transport import ApiError, ServiceError, ServiceUnreachable
 
-__all__ = ["ApiError", "Client", "ServiceError", "ServiceUnreachable", "enqueue"]
+__all__ = ["ApiError", "Client", "ServiceError", "ServiceUnreachable", "SweepClient", "enqueue"]

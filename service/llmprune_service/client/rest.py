@@ -15,8 +15,10 @@ from pydantic import BaseModel, RootModel
 
 from llmprune.report import Report
 from llmprune.spec import PruneConfig
+from llmprune.sweep_spec import SweepConfig
 from llmprune_service.client.download import download
-from llmprune_service.client.transport import Patience, ServiceError, ServiceUnreachable, Transport, parse
+from llmprune_service.client.sweeps import SweepClient
+from llmprune_service.client.transport import Patience, ServiceError, ServiceUnreachable, Transport, pages, parse
 from llmprune_service.schemas import (
     FINISHED,
     ApiKeyRequest,
@@ -26,7 +28,7 @@ from llmprune_service.schemas import (
     EventView,
     JobRequest,
     JobView,
-    Page,
+    SweepView,
     WorkerView,
 )
 
@@ -45,6 +47,8 @@ class Client:
     submission is one of them, as it carries an Idempotency-Key. All methods raise :class:`ApiError` and
     :class:`ServiceUnreachable`.
 
+    ``sweeps`` is what can be done with sweeps, see :class:`SweepClient`.
+
     Args:
         url: where the service listens.
         key: API key; else LLMPRUNE_API_KEY, else the key file of this host's data directory for a loopback URL.
@@ -56,6 +60,7 @@ class Client:
         self, url: str = DEFAULT_URL, key: str | None = None, *, timeout: float = 30.0, patience: float = 60.0
     ) -> None:
         self._transport = Transport(url, key, timeout=timeout, patience=patience)
+        self.sweeps = SweepClient(self._transport)
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +91,10 @@ class Client:
         body = request_body(config, fields)
         return parse(JobView, self._transport.request("POST", "/v1/jobs", retry=True, json=body, headers=headers).content)
 
+    def sweep(self, config: SweepConfig | None = None, *, idempotency_key: str | None = None, **fields: Any) -> SweepView:
+        """Queue a sweep: a config, axes and fields of its jobs by name, or both; as ``sweeps.submit``."""
+        return self.sweeps.submit(config, idempotency_key=idempotency_key, **fields)
+
     def validate(self, config: PruneConfig | JobRequest | None = None, **fields: Any) -> dict[str, Any]:
         """What the service makes of a job, and what it would need; nothing is queued."""
         body = request_body(config, fields)
@@ -101,10 +110,11 @@ class Client:
         status: str | None = None,
         model: str | None = None,
         method: str | None = None,
+        sweep: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[JobView]:
         """Jobs that match, newest first; pages are fetched as they are needed."""
-        filters = {"status": status, "model": model, "method": method}
+        filters = {"status": status, "model": model, "method": method, "sweep": sweep}
         filters |= {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
         return self._pages(JobView, "/v1/jobs", **{name: value for name, value in filters.items() if value is not None})
 
@@ -242,13 +252,7 @@ class Client:
         return parse(_Object, self._transport.request(method, path, **options).content).root
 
     def _pages(self, model: type[M], path: str, **params: str) -> Iterator[M]:
-        page_of: type[Page[M]] = Page[model]  # type: ignore[valid-type]
-        while True:
-            page = parse(page_of, self._transport.request("GET", path, retry=True, params=params).content)
-            yield from page.data
-            if not page.has_more or page.next is None:
-                return
-            params = params | {"after": page.next}
+        return pages(self._transport, model, path, **params)
 
 
 class _Object(RootModel[dict[str, Any]]):

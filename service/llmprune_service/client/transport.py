@@ -15,6 +15,7 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from llmprune.errors import ConfigError, LlmpruneError
+from llmprune_service.schemas import Page
 from llmprune_service.settings import Settings
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0
@@ -147,6 +148,17 @@ class Transport:
             raise ServiceUnreachable(
                 f"The service at {self.url} does not answer ({cause}). Start one with `llmprune serve`, or name another URL."
             ) from None
+
+
+def pages(transport: Transport, model: type[M], path: str, **params: str) -> Iterator[M]:
+    """The entries of a list, page after page as they are needed."""
+    page_of: type[Page[M]] = Page[model]  # type: ignore[valid-type]
+    while True:
+        page = parse(page_of, transport.request("GET", path, retry=True, params=params).content)
+        yield from page.data
+        if not page.has_more or page.next is None:
+            return
+        params = params | {"after": page.next}
 
 
 def parse(model: type[M], content: bytes | str) -> M:

@@ -45,12 +45,14 @@ def test_every_route_says_what_it_is_and_how_it_fails(document: dict[str, Any]) 
 
 def test_the_surface_is_the_designed_one(document: dict[str, Any]) -> None:
     """Each row of the table, by path."""
-    job, hook = "/v1/jobs/{job_id}", "/v1/webhooks/{webhook_id}"
+    job, sweep, hook = "/v1/jobs/{job_id}", "/v1/sweeps/{sweep_id}", "/v1/webhooks/{webhook_id}"
     wanted = {
         "/v1/jobs": "get post", "/v1/jobs:validate": "post", job: "get patch delete", f"{job}/cancel": "post",
         f"{job}/resume": "post", f"{job}/retry": "post", f"{job}/events": "get", f"{job}/checkpoints": "get",
         f"{job}/report": "get", f"{job}/report.html": "get", f"{job}/artifacts": "get", f"{job}/artifacts/{{name}}": "get head",
         "/v1/pareto": "get", "/v1/methods": "get", "/v1/workers": "get", "/v1/workers/{worker_id}/drain": "post",
+        "/v1/sweeps": "get post", sweep: "get delete", f"{sweep}/points": "get post", f"{sweep}/points.csv": "get",
+        f"{sweep}/pareto.svg": "get", f"{sweep}/cancel": "post", f"{sweep}/resume": "post", f"{sweep}/retry": "post",
         "/v1/webhooks": "get post", "/v1/webhooks/secret": "get", hook: "delete", f"{hook}/rotate": "post",
         f"{hook}/test": "post", "/v1/api-keys": "get post", "/v1/api-keys/{key_id}": "delete", "/healthz": "get",
         "/readyz": "get", "/metrics": "get", "/v1/models/{organisation}/{name}/compat": "get",
@@ -60,12 +62,15 @@ def test_the_surface_is_the_designed_one(document: dict[str, Any]) -> None:
     }
 
 
-def test_the_examples_are_jobs(service: Service, document: dict[str, Any]) -> None:
+def test_the_examples_are_taken(service: Service, document: dict[str, Any]) -> None:
     """The one that needs no network is accepted as it stands."""
     examples = operations(document)["/v1/jobs", "post"]["requestBody"]["content"]["application/json"]["examples"]
     for example in examples.values():
         JobRequest.model_validate(example["value"])
     assert service.post("/v1/jobs", json=examples["bundled"]["value"]).status_code == 202
+    examples = operations(document)["/v1/sweeps", "post"]["requestBody"]["content"]["application/json"]["examples"]
+    sweep = service.post("/v1/sweeps", json=examples["bundled"]["value"])
+    assert (sweep.status_code, sweep.json()["num_points"]) == (202, 6)
 
 
 def test_conditions_and_ranges_are_described(document: dict[str, Any]) -> None:
