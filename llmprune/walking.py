@@ -38,6 +38,7 @@ class JournaledWalk:
 
     Of several processes the first alone has the journal. Each of the others has a place of its own in it, ``own``, for its
     hidden states: they are there before the record of their block is. One without that place goes through the blocks again.
+    Of a model whose blocks stay on disk each reads the pruned ones from the journal, so it needs that place.
     """
 
     model: PreTrainedModel
@@ -85,6 +86,7 @@ class JournaledWalk:
                     if isinstance(event, BlockFinished):
                         self._keep_own(event.block)
                     yield event
+                self._read_pruned(start)
                 return
             finish: Callable[[], BlockFinished] | None = None  # of the block that is being written
             for event in self.walk.run(start):
@@ -101,6 +103,19 @@ class JournaledWalk:
                     finish = None
             if finish:
                 yield finish()
+            self._read_pruned(start)
+
+    def _read_pruned(self, start: int) -> None:
+        """Have blocks on disk read, in all processes, as the first has written them."""
+        if self.walk.shares and self.walk.stack.weights:
+            self._agreed(lambda: None)  # it has
+            for index in range(start, len(self.walk.stack.blocks)):
+                self._replace(index)
+
+    def _replace(self, index: int) -> None:
+        journal = self.journal or (Journal(self.own.directory.parent) if self.own else None)
+        assert journal is not None and self.walk.stack.weights is not None
+        self.walk.stack.weights.replace(index, journal.weights_file(index, self.kind))
 
     def _record(self, event: BlockFinished, writer: Executor) -> Callable[[], BlockFinished]:
         """Begin to record the block that the walk holds; what is returned waits for its end."""
@@ -127,12 +142,14 @@ class JournaledWalk:
         def read() -> BlockReport:
             assert self.journal
             report, file = self.journal.read_block(index, self.kind), self.journal.weights_file(index, self.kind)
-            if self.walk.stack.weights is not None:
-                self.walk.stack.weights.replace(index, file)
-            else:
+            if self.walk.stack.weights is None:
                 block.load_state_dict(load_file(file), strict=False)
             return report
 
+        if self.walk.stack.weights is not None:
+            report = self._agreed(read)
+            self._replace(index)
+            return report
         return self.walk.shares.first_changes(block, read) if self.walk.shares else read()
 
     def _hidden(self, index: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -63,20 +64,31 @@ def load(job: JobState) -> Iterator[Event]:
 
 
 def _place(job: JobState) -> Place:
-    """Where the weights wait; a run that is resumed goes on with those that it had."""
+    """Where the weights wait; a run that is resumed goes on with those that it had. Of several processes all leave them on disk
+    where one of them has to.
+    """
     assert job.source is not None
-    reason = "where several processes share a job. Use --offload cpu" if job.shared else not_streamed(job.config, job.out)
+    reason, streamed = job.agreed(partial(_streaming, job))
     if job.config.offload == "disk" and reason:
         raise ConfigError(f"weights cannot stay on disk {reason}.")
-    recorded = job.journal_of(job.out) if job.out and job.resume else None
-    if recorded and recorded.exists and "streamed" in (before := recorded.recorded()) and before["streamed"]:
+    if streamed:
         return "disk"
     device_free = free_bytes(job.device) if job.device.type != "cpu" else None
     place = memory.weights_place(
         job.config.offload, job.source.bytes_in(job.config.dtype), device_free=device_free,
         cpu_free=free_bytes(torch.device("cpu")),
     )  # fmt: skip
-    return "cpu" if place == "disk" and reason else place
+    places = job.shares.together(lambda: place) if job.shares else [place]
+    if "disk" in places:
+        return "cpu" if reason else "disk"
+    return place
+
+
+def _streaming(job: JobState) -> tuple[str | None, bool]:
+    """Why the weights cannot stay on disk, if so; and whether they did in the run that is resumed."""
+    recorded = job.journal_of(job.out) if job.out and job.resume else None
+    streamed = recorded is not None and recorded.exists and recorded.recorded().get("streamed", False)
+    return not_streamed(job.config, job.out), streamed
 
 
 def probed(job: JobState) -> Stack:

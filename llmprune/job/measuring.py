@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from llmprune._version import __version__
+from llmprune.errors import ConfigError
 from llmprune.events import Event
 from llmprune.io.journal import Journal
 from llmprune.job.state import JobState
@@ -30,10 +31,15 @@ _HIDDEN = "hidden.safetensors"
 def measure_dense(job: JobState) -> Iterator[Event]:
     """Measure the model before anything is changed, or take it from the journal."""
     clock = job.clock("dense")
-    scoring = _scoring(job)
     if job.shares:
         directory = first_says(lambda: job.journal.directory if job.journal else None)
         job.own = own_place(directory, job.shares)
+        if job.streamed and not all(job.shares.together(lambda: job.journal is not None or job.own is not None)):
+            raise ConfigError(
+                "weights stay on disk where every process sees the folder of --out: each reads from it what the first has "
+                "pruned. Use --offload cpu, or a file system that the machines share."
+            )
+    scoring = _scoring(job)
     if data := _recorded_dense(job):
         yield clock.started(scoring.num_windows, resumed_at=scoring.num_windows)
         job.dense = Scores(
@@ -133,5 +139,5 @@ def benchmark(job: JobState) -> Iterator[Event]:
 def _scoring(job: JobState) -> Scoring:
     assert job.model is not None
     prompt_1S = job.calibration.ids_NS[:1] if job.config.latency and job.first else None
-    folder = job.journal.directory if job.journal else None
+    folder = place.directory if (place := job.journal or job.own) else None
     return Scoring(job.model, job.stack, job.texts, job.device, prompt_1S, job.config.offload, folder, job.shares)

@@ -183,7 +183,8 @@ def reconstruct(job: JobState) -> Iterator[Event]:
 
 def _recording(job: JobState) -> Recording:
     assert job.model is not None
-    hidden = HiddenStates((), hidden_place(job), job.journal.directory if job.journal else None)
+    place = job.journal or job.own
+    hidden = HiddenStates((), hidden_place(job), place.directory if place else None)
     return record_batches(job.model, job.stack, _batches(job)[0], job.device, hidden)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load, load_file
 
 import forked
 import tiny
@@ -103,17 +104,24 @@ def _die_while_writing(name: str) -> None:
     journal.write_durably = write
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_killed_inside_a_write(lost: int, job: dict[str, Any], undisturbed: bytes, tmp_path: Path) -> None:
-    """The first one with the others' hidden states written, or another one with nothing: the record before is gone on from."""
-    argv = arguments(job, tmp_path / "out", "--resume")
+@pytest.mark.parametrize(("lost", "offload"), [(0, "auto"), (1, "disk")])
+def test_killed_inside_a_write(lost: int, offload: str, job: dict[str, Any], undisturbed: bytes, tmp_path: Path) -> None:
+    """The first one with the others' hidden states written, or another one with nothing: the record before is gone on from.
+
+    With weights on disk each reads the blocks that are pruned from their records.
+    """
+    argv = arguments(job, tmp_path / "out", "--resume", "--offload", offload)
     work = partial(command, argv)
     codes = forked.run_several(2, tmp_path / "a", work, before={lost: partial(_die_while_writing, "block-00003")})
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1
     assert f"process {lost} of 2 died" in (tmp_path / f"a.{1 - lost}").read_text()
     assert (tmp_path / "out.work" / "block-00002").is_dir() and not (tmp_path / "out.work" / "block-00003").exists()
     assert forked.run_several(2, tmp_path / "b", work) == [0, 0]
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == undisturbed
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) == (7 if offload == "disk" else 1)
+    whole, parts = load(undisturbed), [load_file(shard) for shard in shards]
+    assert whole.keys() == {name for part in parts for name in part}
+    assert all(torch.equal(whole[name], tensor) for part in parts for name, tensor in part.items())
 
 
 def test_one_that_lost_its_hidden_states_goes_through_the_blocks_again(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import forked
 import llmprune
@@ -36,6 +37,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
         "dense": {"model": str(llama), "method": "ria", "sequential": "none", **quick, "eval": ()},
         "refined": {"model": str(llama), "method": "icbs", "icbs_passes": 2, "icbs_block_size": 64, **tuned, "eval": ()},
         "tuned": {"model": str(llama), "method": "sparsegpt", "reconstruct_rounds": 2, "batch_size": 3, **tuned, "eval": ()},
+        "disk": {"model": str(llama), "method": "sparsegpt", "offload": "disk", "allocation": "dp", "batch_size": 3, **tuned},
         "experts": {"model": str(mixtral), "method": "sparsegpt", "sequential": "group", **quick, "eval": ()},
     }
 
@@ -54,6 +56,11 @@ def alone(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All of a checkpoint."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 @pytest.mark.parametrize(("size", "names"), [(2, None), (4, ("wanda", "refined", "tuned", "experts"))])
 def test_several_processes_prune_as_one_does(
     size: int, names: tuple[str, ...] | None, jobs: Jobs, alone: Path, tmp_path: Path
@@ -68,7 +75,7 @@ def test_several_processes_prune_as_one_does(
         tmp_path / "store.0"
     ).read_text()
     for name in jobs:
-        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, alone))
+        ours, theirs = (weights(folder / name) for folder in (out, alone))
         assert ours.keys() == theirs.keys()
         for key, weight in ours.items():
             assert torch.equal(weight == 0, theirs[key] == 0), (name, key)
@@ -76,7 +83,7 @@ def test_several_processes_prune_as_one_does(
         (_, report), (_, before) = (read_manifest(folder / name) or pytest.fail() for folder in (out, alone))
         assert report.walk == before.walk.replace("one-pass", "staged")
         tuned = [block.reconstruction for block in report.blocks if block.reconstruction]
-        assert len(tuned) == (len(report.blocks) if name in ("refined", "tuned") else 0)
+        assert len(tuned) == (len(report.blocks) if name in ("refined", "tuned", "disk") else 0)
         for block, its_block in zip(tuned, (block.reconstruction for block in before.blocks), strict=False):
             assert its_block and block.steps == its_block.steps and block.error_after < block.error_before
             assert block.error_after == pytest.approx(its_block.error_after, rel=1e-3)
@@ -91,3 +98,4 @@ def test_several_processes_prune_as_one_does(
             assert mine.kl == pytest.approx(its.kl, rel=1e-3) and mine.kl
             assert mine.top1_agreement == pytest.approx(its.top1_agreement, abs=0.01)
     assert sorted(file.name for file in out.iterdir()) == sorted(jobs)
+    assert "disk" not in jobs or len(list((out / "disk").glob("*.safetensors"))) == 3  # two blocks and the rest
