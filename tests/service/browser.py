@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -64,6 +65,34 @@ class Browser:
         """Save what the window shows as PNG."""
         self.resize(width, height)
         file.write_bytes(b64decode(self._call("GET", "screenshot")))
+
+    def keep(self, name: str, *, width: int = 1200, height: int = 900) -> None:
+        """Save a screenshot where LLMPRUNE_SCREENSHOTS says, if it does; the page is as it was afterwards."""
+        if folder := os.environ.get("LLMPRUNE_SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.screenshot(Path(folder, f"{name}.png"), width=width, height=height)
+            self.devtools("Emulation.clearDeviceMetricsOverride", {})
+
+    def reset(self) -> None:
+        """As a new window: an empty page, no cookies, nothing emulated, nothing in the logs."""
+        self.open("about:blank")
+        self.devtools("Emulation.clearDeviceMetricsOverride", {})
+        self.devtools("Emulation.setEmulatedMedia", {"media": "", "features": []})
+        self.devtools("Emulation.setScriptExecutionDisabled", {"value": False})
+        self.devtools("Network.clearBrowserCookies", {})
+        self.complaints()
+        self.requested()
+
+    def hover(self, css: str) -> None:
+        """Put the pointer on the first match."""
+        self.run("document.querySelector(arguments[0]).scrollIntoView({ block: 'center' })", css)
+        place = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": {_ELEMENT: self._find(css)}}
+        self._call("POST", "actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [place]}]})
+
+    def press(self, key: str) -> None:
+        """A key, as DevTools names it, with whatever has the focus."""
+        for kind in ("keyDown", "keyUp"):
+            self.devtools("Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key})
 
     def resize(self, width: int, height: int) -> None:
         """Make the viewport as large, below the smallest window too."""

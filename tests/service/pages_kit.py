@@ -16,7 +16,8 @@ from typing import Any
 import uvicorn
 from fastapi.testclient import TestClient
 
-from llmprune.report import Report
+from llmprune.report import Plan, Report
+from llmprune.spec import PruneConfig
 from llmprune_service.api.app import create_app
 from llmprune_service.database import migrate
 from llmprune_service.execution import Execution
@@ -104,6 +105,19 @@ def succeed(execution: Execution, report: Report | None = None, **changes: Any) 
         execution.enter(phase)
     files = [Artifact(name, 2048, SHA, "text/plain", f"default/x/1/{name}") for name in ("model.safetensors", "report.html")]
     execution.succeed(report or sample_report(), RESULT | changes, files)
+
+
+def sample_plan(**changes: Any) -> dict[str, Any]:
+    """What ``llmprune plan --json`` prints."""
+    report = sample_report()
+    fields: dict[str, Any] = {
+        "config": PruneConfig(), "model": report.model, "num_sites": 28, "num_pruned_weights": 1_000_000, "walk": "two passes",
+        "batch_size": 1, "seq_len": 512, "calibration_tokens": 65_536, "evaluation_tokens": 4096, "device": "cpu",
+        "weights_place": "cpu", "stages": [{"name": "prune", "seconds": 90.0, "peak_cpu_bytes": 2**30, "peak_gpu_bytes": 0}],
+        "peak_cpu_bytes": 3 * 2**30, "peak_gpu_bytes": 0, "free_cpu_bytes": 8 * 2**30, "free_gpu_bytes": 0,
+        "disk_bytes": 2**30, "free_disk_bytes": 2**40, "download_bytes": 0, "seconds": 125.0,
+    }  # fmt: skip
+    return Plan.model_validate(fields | changes).model_dump(mode="json")
 
 
 def new_settings(tmp_path: Path, **changes: Any) -> Settings:

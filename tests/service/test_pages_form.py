@@ -7,33 +7,18 @@ from html import unescape
 from typing import Any
 
 import pytest
-from pages_kit import EVIL, Pages
+from pages_kit import EVIL, Pages, sample_plan
 
-from llmprune.report import Plan
 from llmprune.spec import PruneConfig
 from llmprune_service.api import forms
 from llmprune_service.api.plan import Outcome
 from llmprune_service.schemas import JobRequest
-from reports import sample_report
 
 EVERYTHING: dict[str, Any] = {
     "model": "org/model", "pattern": "2:4", "method": "sparsegpt", "effort": "best", "skip": ("*.down_proj", "a b"), "eval": (),
     "latency": False, "permute": True, "seed": 7, "damping": 0.02, "calibration": "c4", "num_samples": 16, "priority": 8,
     "metadata": {"team": "nlp", "note": "x = y"}, "revision": "main", "timeout_s": 600,
 }  # fmt: skip
-
-
-def a_plan(**changes: Any) -> dict[str, Any]:
-    """What ``llmprune plan --json`` prints."""
-    report = sample_report()
-    fields: dict[str, Any] = {
-        "config": PruneConfig(), "model": report.model, "num_sites": 28, "num_pruned_weights": 1_000_000, "walk": "two passes",
-        "batch_size": 1, "seq_len": 512, "calibration_tokens": 65_536, "evaluation_tokens": 4096, "device": "cpu",
-        "weights_place": "cpu", "stages": [{"name": "prune", "seconds": 90.0, "peak_cpu_bytes": 2**30, "peak_gpu_bytes": 0}],
-        "peak_cpu_bytes": 3 * 2**30, "peak_gpu_bytes": 0, "free_cpu_bytes": 8 * 2**30, "free_gpu_bytes": 0,
-        "disk_bytes": 2**30, "free_disk_bytes": 2**40, "download_bytes": 0, "seconds": 125.0,
-    }  # fmt: skip
-    return Plan.model_validate(fields | changes).model_dump(mode="json")
 
 
 def values(text: str) -> dict[str, str]:
@@ -94,7 +79,7 @@ def test_a_plan_is_shown_before_anything_is_queued(pages: Pages, monkeypatch: py
 
     async def plan(config: PruneConfig, revision: str | None) -> Outcome:
         assert (config.method, revision) == ("sparsegpt", None)
-        return Outcome(a_plan(problems=(EVIL,)), "This host cannot run it: too small")
+        return Outcome(sample_plan(problems=(EVIL,)), "This host cannot run it: too small")
 
     monkeypatch.setattr(pages.state.planner, "plan", plan)
     answer = pages.post("/ui/plan", method="sparsegpt", num_samples="16")
