@@ -80,7 +80,7 @@ def sweep(
     check_streams(events, as_json)
     with event_sink(events) as sink:
         axes = {
-            "methods": values_of(methods), "patterns": values_of(patterns), "sparsities": _numbers(sparsities),
+            "methods": values_of(methods), "patterns": values_of(patterns), "sparsities": fractions_of(sparsities),
             "allocations": values_of(allocations), "efforts": values_of(efforts),
         }  # fmt: skip
         with heavy_imports():
@@ -156,7 +156,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 _SHOWN = ("perplexity", "kl", "sparsity", "bytes", "decode_speedup")
 
 
-def _numbers(text: str | None) -> tuple[float, ...] | None:
+def fractions_of(text: str | None) -> tuple[float, ...] | None:
     """``0.4,0.5`` or ``40%,50%`` as fractions."""
     if text is None:
         return None

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from llmprune.cli_options import Json, config_fields
 from llmprune.errors import ConfigError
-from llmprune_service import cli_jobs
+from llmprune_service import cli_jobs, cli_sweeps
 from llmprune_service.cli_jobs import with_config_options
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
     app.command("hub-token")(hub_token)
     app.add_typer(cli_jobs.jobs)
+    app.add_typer(cli_sweeps.sweeps)
     app.add_typer(keys)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmprune_service.schemas import JobView
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_NOT_OFFERED = frozenset({"trust_remote_code"})  # a service never runs code of a model
+NOT_OFFERED = frozenset({"trust_remote_code"})  # a service never runs code of a model
 
 Url = Annotated[str, typer.Option("--url", envvar="LLMPRUNE_URL", help="Where the service listens.")]
 Key = Annotated[
@@ -42,7 +42,7 @@ _errors = Console(stderr=True, soft_wrap=True)
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Put the options of ``llmprune prune`` that describe a job in place of the command's ``**config``."""
-    offered = {*PruneConfig.model_fields, "no_eval"} - _NOT_OFFERED
+    offered = {*PruneConfig.model_fields, "no_eval"} - NOT_OFFERED
     config = [option for name, option in inspect.signature(prune, eval_str=True).parameters.items() if name in offered]
     own = [
         option
@@ -140,6 +140,7 @@ def list_(
     status: Annotated[str | None, typer.Option("--status", help="queued, running, succeeded, failed, cancelled ...")] = None,
     model: Annotated[str | None, typer.Option("--model", help="As it was submitted.")] = None,
     method: Annotated[str | None, typer.Option("--method")] = None,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="Id of the sweep that they are points of.")] = None,
     metadata: Annotated[list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="All must match.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many, newest first.")] = 20,
     url: Url = DEFAULT_URL,
@@ -150,7 +151,7 @@ def list_(
     from itertools import islice
 
     with connected(url, key) as client:
-        filters = {"status": status, "model": model, "method": method, "metadata": pairs(metadata or [])}
+        filters = {"status": status, "model": model, "method": method, "sweep": sweep, "metadata": pairs(metadata or [])}
         found = list(islice(client.list(**filters), limit))  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps({"data": [job.model_dump(mode="json") for job in found]}, indent=1))

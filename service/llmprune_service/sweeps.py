@@ -12,6 +12,7 @@ from typing import NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from llmprune.methods import method_of
 from llmprune.spec import PruneConfig
 from llmprune.sweep_spec import SweepConfig
 from llmprune_service import idempotency, tables
@@ -176,12 +177,15 @@ class Sweeps:
     # Parts ----------------------------------------------------------------------------------------------------------
 
     def _place(self, connection: sa.Connection, row: Row, points: Named, bytes_reserved: Sequence[int]) -> Row:
-        """Queue points in their order, after those that are there; returns the sweep's row."""
+        """Number points after those that are there, and queue them; returns the sweep's row.
+
+        Who needs most goes first: a worker that has done it has the statistics for the others.
+        """
         submissions = [
             Submission(request, row.revision, needed, sweep_id=row.id, sweep_index=index, point=name)
             for index, ((name, request), needed) in enumerate(zip(points.items(), bytes_reserved, strict=True), row.num_points)
         ]
-        self._jobs.place(connection, row.tenant, submissions)
+        self._jobs.place(connection, row.tenant, sorted(submissions, key=lambda job: -method_of(job.request).needs))
         changed = lock_sweep(connection, row.id, num_points=row.num_points + len(submissions))
         assert changed is not None
         return changed

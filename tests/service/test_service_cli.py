@@ -174,6 +174,35 @@ def test_steering_a_job(cli: Cli, here: Served) -> None:
     until(lambda: "cancelled" in cli("jobs", "show", job).out, "the job is cancelled again")
 
 
+def test_a_sweep_is_shown_side_by_side_and_grows(cli: Cli, here: Served, tmp_path: Path) -> None:
+    """From its submission to its end, with the jobs it is made of."""
+    outcome = cli("sweeps", "submit", *LIGHT, "--sparsities", "50%,0.6", "--metadata", "of=sweep", "--wait")
+    assert outcome.code == 0, outcome.err
+    assert "wanda-0.5" in outcome.out and "sparsity" in outcome.out
+    (job, _) = json.loads(cli("jobs", "list", "--metadata", "of=sweep", "--json").out)["data"]
+    sweep = job["sweep_id"]
+    assert job["point"] == "wanda-0.6" and sweep in cli("jobs", "list", "--sweep", sweep, "--json").out
+    assert cli("sweeps", "extend", sweep, "--sparsities", "0.6,0.7").out == "Added: wanda-0.7. There already: wanda-0.6.\n"
+    assert f"{sweep}  " in cli("sweeps", "list").out
+    shown = cli("sweeps", "show", sweep, "--plot", tmp_path / "front.svg", "--x", "bytes")
+    assert shown.code == 0 and "bytes" not in shown.err and (tmp_path / "front.svg").read_text().startswith("<svg")
+    assert json.loads(cli("sweeps", "show", sweep, "--json").out)["data"][0]["name"] == "wanda-0.5"
+    assert cli("sweeps", "show", sweep, "--csv").out.count("\n") == 4
+    until(lambda: "3 succeeded" in cli("sweeps", "list").out, "all have ended")
+    assert "none of its jobs is failed" in cli("sweeps", "retry", sweep).err
+    assert cli("sweeps", "delete", sweep).out == f"{sweep} is deleted.\n"
+
+
+def test_a_sweep_that_fails_says_how_to_go_on(cli: Cli, here: Served) -> None:
+    """Exit code 1, and the command for it."""
+    outcome = cli("sweeps", "submit", *LIGHT, "--skip", "gated", "--methods", "wanda", "--wait")
+    assert outcome.code == 1 and "wanda-0.5: failed: demo is gated" in outcome.out
+    sweep = outcome.err.rpartition("llmprune sweeps retry ")[2].partition("`")[0]
+    assert json.loads(cli("sweeps", "retry", sweep, "--json").out)["counts"] == {"queued": 1}
+    until(lambda: "failed (1 failed)" in cli("sweeps", "list").out, "it has failed again")
+    assert "none of its jobs is cancelled" in cli("sweeps", "resume", sweep).err
+
+
 def test_a_failed_job_is_one_line_with_the_remedy(cli: Cli, here: Served, tmp_path: Path) -> None:
     """And exit code 1; nothing is downloaded."""
     outcome = cli("submit", *LIGHT, "--skip", "gated", "--wait", "--out", tmp_path / "out")
@@ -224,6 +253,10 @@ def test_who_stops_watching_leaves_the_job_alone(served: Served) -> None:
         (["submit", "--url", "http://127.0.0.1:1"], "Start one with `llmprune serve`"),
         (["jobs", "list", "--key", "prn_wrong"], "A valid API key is needed"),
         (["jobs", "show", "job_x"], "no such job"),
+        (["sweeps", "submit"], "a sweep of nothing"),
+        (["sweeps", "submit", "--sparsities", "half"], "is not a list of numbers"),
+        (["sweeps", "show", "sweep_x", "--x", "beauty"], "is no axis"),
+        (["sweeps", "show", "sweep_x"], "no such sweep"),
         (["keys", "create", "x", "--scope", "root"], "scopes"),
         (["keys", "revoke", "key_none"], "no such API key"),
         (["hub-token", "Bad Tenant"], "is not a name"),

@@ -63,6 +63,10 @@ def test_every_command_and_event_is_in_the_guide() -> None:
         "jobs report",
         "jobs download",
         "jobs cancel",
+        "sweeps submit",
+        "sweeps list",
+        "sweeps show",
+        "sweeps extend",
         "keys create",
         "keys link",
     )

@@ -12,7 +12,8 @@ from fleet import Fleet
 
 import llmprune
 import tiny
-from llmprune_service.schemas import JobRequest
+from llmprune_service.schemas import JobRequest, SweepRequest
+from llmprune_service.sweeps import Sweeps
 
 NUM_BLOCKS = 20
 
@@ -90,6 +91,25 @@ def test_a_job_of_a_killed_worker_is_the_library_s_too(fleet: Fleet, config: dic
     assert any(0 < done < NUM_BLOCKS for done in resumed_at)
     attempts = [block.attempt for block in fleet.jobs.blocks(None, job_id)]
     assert attempts == sorted(attempts) and set(attempts) == {1, 2}
+
+
+def test_the_jobs_of_a_sweep_share_their_statistics(fleet: Fleet, config: dict[str, Any]) -> None:
+    """The one that needs most is the first to run, and another one finds in the tenant's cache what it collected."""
+    cheap = {"num_samples": 4, "batch_size": 4, "eval": []}
+    base = {name: value for name, value in (config | cheap).items() if name != "method"}
+    request = SweepRequest(base=base, methods=("wanda", "sparsegpt"))  # type: ignore[arg-type]
+    points = {name: request.job(point) for name, point in request.jobs().items()}
+    sweeps = Sweeps(fleet.jobs)
+    row, _ = sweeps.submit("default", request, points, bytes_reserved=[0, 0])
+    fleet.start()
+    wanda, sparsegpt = (fleet.wait(job.id, seconds=120) for job in sweeps.points(None, row.id))
+    assert (wanda.point, sparsegpt.point) == ("wanda-0.5", "sparsegpt-0.5")
+    assert sparsegpt.finished_at < wanda.started_at
+    for job, num_reused in ((sparsegpt, 0), (wanda, NUM_BLOCKS)):
+        report = fleet.jobs.report(None, job.id)
+        assert report is not None and [stage["num_reused"] for stage in report["statistics"]] == [num_reused]
+        assert job.result["values"]["sparsity"] == pytest.approx(0.5)
+    assert list((fleet.settings.cache_dir / "default").iterdir())
 
 
 def _check(fleet: Fleet, job_id: str, weights: dict[str, bytes]) -> None:
