@@ -93,8 +93,8 @@ from llmprune.events import Downloaded, Evaluated, Finished
 from llmprune.io.exports import FORMATS, export_paths, export_report
 from llmprune.launching import check_count, launch, wanted
 from llmprune.methods import METHODS, REFINED, STRUCTURAL
-from llmprune.processes import exit_code, is_first, several, speaks
-from llmprune.spec import BUNDLED_MODEL, Pattern, PruneConfig
+from llmprune.processes import exit_code, is_first, speaks
+from llmprune.spec import BUNDLED_MODEL, PruneConfig
 from llmprune.tables import print_evaluation, print_fetched, print_inspection, print_methods, print_plan
 
 _EXPORT_REPORT = (
@@ -181,11 +181,6 @@ def prune(
         config = PruneConfig.build(None, **fields)
         exports = export_paths(reports or (), out)
         check_count(num_gpus)
-        if several() and Pattern.parse(config.pattern).structure in ("blocks", "experts"):
-            raise ConfigError(
-                f"pattern {config.pattern} is the work of one process: several share zeros and pattern structured. Start one, "
-                "without --num-gpus, accelerate launch or torchrun."
-            )
         with heavy_imports():
             from llmprune.api import prune_iter
         run = prune_iter(config=config, out=out, resume=resume)

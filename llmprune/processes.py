@@ -47,6 +47,11 @@ def is_first() -> bool:
     return not several() or os.environ.get("RANK", "0") == "0"
 
 
+def is_first_here() -> bool:
+    """Whether this is the first process of the job on this machine."""
+    return not several() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def num_processes() -> int:
     """Processes of the job, on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -73,7 +78,7 @@ def speaks(error: LlmpruneError) -> bool:
         return False
     if is_first():
         return True
-    return not error.told and (error.exit_code == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
+    return not error.told and (error.exit_code == 1 or is_first_here())
 
 
 def num_here() -> int:

@@ -121,16 +121,9 @@ def scores_of_all(
     shares: Shares, steps: Generator[Event, None, TextScores], num_windows: int
 ) -> Generator[Event, None, TextScores]:
     """The scores of a whole text from those of every process's windows, which have the same number of tokens each."""
-    own: TextScores | None = None
-    failure: Exception | None = None
-    try:
-        own = (yield from steps) if num_windows else None
-    except Exception as error:  # all of them have to hear of it
-        failure = error
 
-    def said() -> tuple[int, TextScores | None]:
-        if failure is not None:
-            raise failure
-        return num_windows, own
+    def own() -> Generator[Event, None, tuple[int, TextScores | None]]:
+        return num_windows, ((yield from steps) if num_windows else None)
 
-    return mean_of([(count, scores) for count, scores in shares.together(said) if scores is not None])
+    found = yield from shares.gathered(own())
+    return mean_of([(count, scores) for count, scores in found if scores is not None])

@@ -3,7 +3,7 @@ the model loses without each of them, or by a quadratic model of what it loses w
 
 Everything is streamed block by block over recorded inputs. Models that lack different blocks travel together and share their
 forwards up to the first block in which they differ, so what each of L blocks alone is worth costs about L^2 / 2 block forwards,
-and what each pair is worth L^3 / 6.
+and what each pair is worth L^3 / 6. Of several processes each has some of the sequences, and sums over tokens are added up.
 
 L blocks, M of them removed, R sets of blocks; N sequences of S tokens, T tokens, H hidden, V vocabulary.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.engines.divergence import Head
+from llmprune.engines.sharding import Shares
 from llmprune.errors import NonFiniteError, UnsupportedModel
 from llmprune.solvers.anneal import anneal
 from llmprune.solvers.problem import BlockProblem
@@ -61,6 +62,7 @@ def choose_blocks(
     *,
     num_measured: int = 20,
     seed: int = 0,
+    shares: Shares | None = None,
 ) -> Generator[int, None, DepthChoice]:
     """Choose ``count`` blocks to remove; yields the steps done, of :func:`num_steps`, and returns the choice.
 
@@ -68,12 +70,13 @@ def choose_blocks(
         method: ``shortgpt`` and ``drop-one`` remove those of the least score; ``block-qubo`` minimises its quadratic model over
             all sets of that many blocks, measures the best of them, and takes the one of the least KL.
         stack: probed.
-        recording: of the tokens to measure on.
+        recording: of the tokens to measure on, or of this process's.
         device: where the blocks run.
         head: the model's own, on the last block's outputs.
         count: M, from 1 to L - 1.
         num_measured: sets that ``block-qubo`` measures: its energies tell good sets from bad ones, not the best of the good.
         seed: of the annealer, for sets too many to try all.
+        shares: of several processes what this one does.
 
     Raises:
         ValueError: ``count`` is out of range.
@@ -84,16 +87,16 @@ def choose_blocks(
     if not 0 < count < num_blocks:
         raise ValueError(f"{count} of {num_blocks} blocks cannot be removed; choose 1 to {num_blocks - 1}.")
     if method == "shortgpt":
-        scores = yield from block_influence(stack, recording, device)
+        scores = yield from block_influence(stack, recording, device, shares)
         sets = [_least(scores, count)]
     elif method == "drop-one":
-        scores = yield from drop_one(stack, recording, device, head)
+        scores = yield from drop_one(stack, recording, device, head, shares)
         sets = [_least(scores, count)]
     else:
-        problem, scores = yield from block_qubo(stack, recording, device, head, count)
+        problem, scores = yield from block_qubo(stack, recording, device, head, count, shares)
         sets = lowest_states(problem, count, num_measured, seed=seed)
     done = num_steps(method, num_blocks, count) - num_blocks
-    losses = yield from divergences(stack, recording, device, head, sets, start=done)
+    losses = yield from divergences(stack, recording, device, head, sets, start=done, shares=shares)
     tried = sorted(zip(sets, losses.tolist(), strict=True), key=lambda one: one[1])
     return DepthChoice(*tried[0], tuple(scores.tolist()), tuple(tried))
 
@@ -103,23 +106,31 @@ def num_steps(method: DepthMethod, num_blocks: int, count: int) -> int:
     return num_blocks * (num_blocks + 1 if method == "block-qubo" and count > 1 else 2)
 
 
-@torch.no_grad()
-def block_influence(stack: Stack, recording: Recording, device: torch.device) -> Generator[int, None, Tensor]:
+def block_influence(
+    stack: Stack, recording: Recording, device: torch.device, shares: Shares | None = None
+) -> Generator[int, None, Tensor]:
     """ShortGPT's block influence BI = 1 - mean over tokens of cos(x, block(x)), fp64 [L]; yields the number of blocks done."""
-    scores = []
+    found = yield from (shares or Shares.alone()).gathered(_influences(stack, recording, device))
+    num_tokens = sum(count for _, count in found)
+    return torch.tensor([sum(parts) / num_tokens for parts in zip(*(totals for totals, _ in found), strict=True)]).double()
+
+
+@torch.no_grad()
+def _influences(stack: Stack, recording: Recording, device: torch.device) -> Generator[int, None, tuple[list[float], int]]:
+    """Of every block the sum over tokens, and their number."""
+    totals = []
     streams = list(recording.hidden)
     for index, block in enumerate(stack.blocks):
-        total, num_tokens = 0.0, 0
+        total = 0.0
         with stack.placed(index, device) as here:
             for chunk, before_NSH in enumerate(streams):
                 before_NSH = before_NSH.to(here)
                 after_NSH = recording.calls[chunk][index].run(block, before_NSH)
                 total += float(influence(before_NSH, after_NSH).sum(dtype=torch.float64))
-                num_tokens += before_NSH.shape[:-1].numel()
                 streams[chunk] = after_NSH.to(streams[chunk].device)
-        scores.append(total / num_tokens)
+        totals.append(total)
         yield index + 1
-    return torch.tensor(scores, dtype=torch.float64)
+    return totals, sum(before_NSH.shape[:-1].numel() for before_NSH in streams)
 
 
 def influence(before_TH: Tensor, after_TH: Tensor) -> Tensor:
@@ -127,19 +138,32 @@ def influence(before_TH: Tensor, after_TH: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(before_TH.float(), after_TH.float(), dim=-1)
 
 
-def drop_one(stack: Stack, recording: Recording, device: torch.device, head: Head) -> Generator[int, None, Tensor]:
-    """KL(dense || model without block l) for every l, fp64 [L]; yields the number of blocks done."""
-    return (yield from divergences(stack, recording, device, head, [(index,) for index in range(len(stack.blocks))]))
-
-
-@torch.no_grad()
-def divergences(
-    stack: Stack, recording: Recording, device: torch.device, head: Head, sets: Sequence[Blocks], *, start: int = 0
+def drop_one(
+    stack: Stack, recording: Recording, device: torch.device, head: Head, shares: Shares | None = None
 ) -> Generator[int, None, Tensor]:
+    """KL(dense || model without block l) for every l, fp64 [L]; yields the number of blocks done."""
+    sets = [(index,) for index in range(len(stack.blocks))]
+    return (yield from divergences(stack, recording, device, head, sets, shares=shares))
+
+
+def divergences(
+    stack: Stack, recording: Recording, device: torch.device, head: Head, sets: Sequence[Blocks], *, start: int = 0,
+    shares: Shares | None = None,
+) -> Generator[int, None, Tensor]:  # fmt: skip
     """Mean KL(dense || model without these blocks) over the tokens, fp64 [R]; yields ``start`` plus the number of blocks done.
 
     A model whose logits are not finite is inf away.
     """
+    found = yield from (shares or Shares.alone()).gathered(_divergences(stack, recording, device, head, sets, start))
+    sums_R = torch.stack([part_R for part_R, _ in found]).sum(0)
+    return torch.where(sums_R.isnan(), torch.inf, sums_R / sum(count for _, count in found)).clamp(min=0)
+
+
+@torch.no_grad()
+def _divergences(
+    stack: Stack, recording: Recording, device: torch.device, head: Head, sets: Sequence[Blocks], start: int
+) -> Generator[int, None, tuple[Tensor, int]]:
+    """Of every set the sum over tokens, fp64 [R], and their number."""
     outputs = yield from _outputs(stack, recording, device, [(), *sets], start)
     sums_R = torch.zeros(len(sets), dtype=torch.float64)
     num_tokens = 0
@@ -149,11 +173,11 @@ def divergences(
             num_tokens += len(dense_TV)
             for number, one in enumerate(sets):
                 sums_R[number] += float(_kl(dense_TV, _log_probs(logits(chunk, outputs[one, chunk]))))
-    return torch.where(sums_R.isnan(), torch.inf, sums_R / num_tokens).clamp(min=0)
+    return sums_R, num_tokens
 
 
 def block_qubo(
-    stack: Stack, recording: Recording, device: torch.device, head: Head, count: int
+    stack: Stack, recording: Recording, device: torch.device, head: Head, count: int, shares: Shares | None = None
 ) -> Generator[int, None, tuple[BlockProblem, Tensor]]:
     """The quadratic model of what the model loses without several blocks; yields steps done (see :func:`num_steps`), returns
     the problem with ``count`` blocks to remove, and the KL without each alone, fp64 [L].
@@ -164,11 +188,11 @@ def block_qubo(
     about L^2 / 6 forwards of the model; only the streams of one first block are in memory at a time.
     """
     num_blocks = len(stack.blocks)
-    alone_L = yield from drop_one(stack, recording, device, head)
+    alone_L = yield from drop_one(stack, recording, device, head, shares)
     pair_LL = torch.zeros(num_blocks, num_blocks, dtype=torch.float64)
     for first in range(num_blocks - 1 if count > 1 else 0):
         sets = [(first, second) for second in range(first + 1, num_blocks)]
-        losses = yield from divergences(stack, recording, device, head, sets, start=(first + 1) * num_blocks)
+        losses = yield from divergences(stack, recording, device, head, sets, start=(first + 1) * num_blocks, shares=shares)
         pair_LL[first, first + 1 :] = losses
     return quadratic(alone_L, pair_LL, count), alone_L
 

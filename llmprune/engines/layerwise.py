@@ -316,16 +316,17 @@ class Walk:
         statistics, by default those of the walk.
         """
         needs = self.needs if needs is None else needs
-        if self.shares is not None:
-            collect = partial(self._collect, index, block, keep=keep, needs=needs)
-            return self.shares.merged(pending, collect, whole=whole, need=needs)
         kept = self.statistics if keep else None
         if kept is not None and (found := kept.read(index, module_device(block))) is not None:
             if self.carries(index + 1):
-                self.advance(index, block)
+                self._together(partial(self.advance, index, block))
             return found
         kind = ServingStats if kept is not None else LinearStats
-        collected = self._collect(index, block, pending, whole, keep=keep, needs=needs, kind=kind)
+        collect = partial(self._collect, index, block, keep=keep, needs=needs, kind=kind)
+        if self.shares is None:
+            collected = collect(pending, whole)
+        else:
+            collected = self.shares.merged(pending, collect, whole=whole, need=needs, kind=kind)
         if kept is not None:
             kept.write(index, collected)
         return collected
@@ -339,7 +340,7 @@ class Walk:
         *,
         keep: bool,
         needs: Need,
-        kind: type[LinearStats] = LinearStats,
+        kind: type[LinearStats],
     ) -> dict[str, LinearStats]:
         """:meth:`collect` on the hidden states of this process."""
         collected: dict[str, LinearStats] = {}

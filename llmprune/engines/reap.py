@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.anatomy.blocks import Recording, Stack
+from llmprune.engines.sharding import Shares
 from llmprune.errors import NonFiniteError, UnsupportedModel
 from llmprune.structured.experts import Mixture, Muted
 
@@ -31,20 +32,31 @@ class ExpertScores:
     count_E: Tensor
 
 
-@torch.no_grad()
 def expert_scores(
-    stack: Stack, mixtures: Sequence[Mixture], recording: Recording, device: torch.device
+    stack: Stack, mixtures: Sequence[Mixture], recording: Recording, device: torch.device, shares: Shares | None = None
 ) -> Generator[int, None, tuple[ExpertScores, ...]]:
     """Score all experts on the calibration tokens; yields the number of blocks done, returns the scores of every mixture.
 
     REAP's S_j = mean over the tokens routed to j of g_j(x) ||f_j(x)||_2, with g the weight by which the family adds the
     expert's output to the others': after its softmax or sigmoid, its normalisation over the chosen ones where it has one, and
-    its scale. The authors' release normalises it over the chosen ones in every family.
+    its scale. The authors' release normalises it over the chosen ones in every family. Of several processes each has recorded
+    some of the sequences; their sums are added up.
 
     Raises:
         UnsupportedModel: a mixture is not handed tokens, chosen experts and their weights; names it.
         NonFiniteError: NaN or inf in an expert's output; names the mixture.
     """
+    found = yield from (shares or Shares.alone()).gathered(_sums(stack, mixtures, recording, device))
+    return tuple(
+        _scores(*(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))) for parts in zip(*found, strict=True)
+    )
+
+
+@torch.no_grad()
+def _sums(
+    stack: Stack, mixtures: Sequence[Mixture], recording: Recording, device: torch.device
+) -> Generator[int, None, list[tuple[Tensor, Tensor]]]:
+    """Of every mixture what :func:`_scores` is of."""
     by_block = {mixture.block: mixture for mixture in mixtures}
     calls = copy.deepcopy(recording.calls) if recording.stateful else recording.calls
     streams = list(recording.hidden)
@@ -60,9 +72,13 @@ def expert_scores(
                 if tally:
                     tally.handle.remove()
         if tally:
-            found.append(tally.scores())
+            found.append((tally.sum_E, tally.count_E))
         yield index + 1
-    return tuple(found)
+    return found
+
+
+def _scores(sum_E: Tensor, count_E: Tensor) -> ExpertScores:
+    return ExpertScores(sum_E / count_E.clamp(min=1), count_E)
 
 
 def best_experts(score_E: Tensor, count: int, num_groups: int = 1) -> list[int]:
@@ -126,4 +142,4 @@ class Tally:
 
     def scores(self) -> ExpertScores:
         """Of what was seen so far."""
-        return ExpertScores(self.sum_E / self.count_E.clamp(min=1), self.count_E)
+        return _scores(self.sum_E, self.count_E)

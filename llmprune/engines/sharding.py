@@ -11,7 +11,7 @@ N sequences of S tokens, I in and O out features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count as count_up
 from itertools import pairwise
@@ -29,6 +29,7 @@ from llmprune.spec import Need
 from llmprune.stats import LinearStats
 
 A = TypeVar("A")
+B = TypeVar("B")
 
 _PIECE = 1 << 24
 """Numbers that are summed over the processes at a time: bounds what the sum takes beside them."""
@@ -96,6 +97,22 @@ class Shares:
 
         return [work()] if self.size == 1 else together(guarded)
 
+    def gathered(self, steps: Generator[B, None, A]) -> Generator[B, None, list[A]]:
+        """:meth:`together` of what a generator returns, after its steps."""
+        own: list[A] = []
+        failure: Exception | None = None
+        try:
+            own.append((yield from steps))
+        except Exception as error:  # all of them have to hear of it
+            failure = error
+
+        def said() -> A:
+            if failure is not None:
+                raise failure
+            return own[0]
+
+        return self.together(said)
+
     def by_first(self, work: Callable[[], A]) -> A:
         """What ``work()`` returns in the first process."""
         return work() if self.size == 1 else first_says(work)
@@ -107,7 +124,9 @@ class Shares:
 
     # Statistics -----------------------------------------------------------------------------------------------------
 
-    def merged(self, pending: Mapping[str, Site], collect: Collect, *, whole: bool, need: Need) -> dict[str, LinearStats]:
+    def merged(
+        self, pending: Mapping[str, Site], collect: Collect, *, whole: bool, need: Need, kind: type[LinearStats] = LinearStats
+    ) -> dict[str, LinearStats]:
         """Statistics of all processes together, of the sites that the first group (or ``whole``) has in any of them.
 
         An expert may have been reached in some processes alone: the others have seen no token of it, and add nothing.
@@ -134,14 +153,14 @@ class Shares:
             shared = tuple(one[name][0] if name in one else None for one in found)  # sites of one input share its statistics
             if shared not in sums:
                 site = pending[name]
-                stats = own.get(name) or LinearStats(site.shape[1], need, site.stored.device)
+                stats = own.get(name) or kind(site.shape[1], need, site.stored.device)
                 if any(stats is other for other in sums.values()):  # one input here, but not so in another process
                     stats = copy.deepcopy(stats)
                 stats.num_tokens = sum(one[name][1] for one in found if name in one)
                 sums[shared] = stats
             result[name] = sums[shared]
         for stats in sums.values():
-            for part in (stats.sq_I, stats.sum_I, stats.gram_II):
+            for part in (stats.sq_I, stats.sum_I, stats.gram_II, getattr(stats, "squares_I", None)):
                 if part is not None and stats.need > Need.NOTHING:
                     self.sum_(part)
         return result

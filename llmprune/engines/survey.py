@@ -95,14 +95,30 @@ class Survey:
                     self.facts += _scores_of(index, sites, stats)
                 else:
                     assert self._streams is not None
-                    for group, members in groups_of(sites).items():
+                    groups = groups_of(sites)
+                    curves = self._curves(walk, list(groups.values()), stats)
+                    for (group, members), curve in zip(groups.items(), curves, strict=True):
                         targets = targets_of(self.config, members[0])
-                        curve = _errors_of(walk, members, stats, targets)
                         if anchor := anchor_of(targets, self.config.sparsity):
                             self._streams.branch(group, index, block, _pruned(walk, members, stats, anchor))
                         self.facts += [SiteFacts(site.name, index, site.shape, group=group, curve=curve) for site in members]
                     self._streams.advance(index, block)
             yield Progress(stage="allocate", done=index + 1, total=total, detail=self.stack.name(index))
+
+    def _curves(
+        self, walk: Walk, groups: Sequence[Sequence[Site]], stats: Mapping[str, LinearStats]
+    ) -> list[tuple[tuple[float, float], ...]]:
+        """The relative errors of each group; of several processes each finds those of some."""
+        shares = self.shares or Shares.alone()
+        own = range(shares.rank, len(groups), shares.size)
+
+        def work() -> dict[int, tuple[tuple[float, float], ...]]:
+            return {
+                number: _errors_of(walk, groups[number], stats, targets_of(self.config, groups[number][0])) for number in own
+            }
+
+        found = {number: curve for part in shares.together(work) for number, curve in part.items()}
+        return [found[number] for number in range(len(groups))]
 
     @torch.no_grad()
     def measure(self, logits: Logits) -> Iterator[Progress]:

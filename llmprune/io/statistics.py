@@ -34,9 +34,11 @@ from torch import Tensor
 
 from llmprune._version import __version__
 from llmprune.devices import device_name
+from llmprune.engines.sharding import Shares
 from llmprune.errors import ConfigError, CorruptCheckpoint
 from llmprune.io.models import Source
 from llmprune.io.tensors import CODES, TensorReader, TensorWriter
+from llmprune.processes import is_first_here
 from llmprune.report import StatisticsReport
 from llmprune.spec import Need, PruneConfig
 from llmprune.stats import LinearStats, ServingStats
@@ -79,9 +81,15 @@ class Statistics:
     Attributes:
         need: the statistics that the stage wants.
         messages: what a user should be warned of.
+
+    Args:
+        shares: of several processes, each of which uses the cache of its machine, what this one does: a record is used where
+            all of them find it, and written by the first one of each machine.
     """
 
-    def __init__(self, fingerprint: Mapping[str, Any], need: Need, *, root: Path, max_bytes: int) -> None:
+    def __init__(
+        self, fingerprint: Mapping[str, Any], need: Need, *, root: Path, max_bytes: int, shares: Shares | None = None
+    ) -> None:
         self.fingerprint = json.loads(json.dumps(dict(fingerprint)))
         self.need, self.root, self.max_bytes = need, root, max_bytes
         key = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
@@ -91,6 +99,7 @@ class Statistics:
         self._reused: dict[int, str] = {}
         self._num_blocks = 0
         self._full = False
+        self.shares = shares or Shares.alone()
 
     def open(self, num_blocks: int, start: int = 0) -> None:
         """Find the whole records of blocks ``start`` and later, and hold them against deletion."""
@@ -100,6 +109,9 @@ class Statistics:
             for need in (need for need in Need if need >= self.need):
                 if self._open(index, need):
                     break
+        everywhere = set.intersection(*self.shares.together(lambda: set(self._records)))
+        for index in set(self._records) - everywhere:
+            self._records.pop(index).reader.__exit__(None, None, None)
 
     def close(self) -> None:
         """Let the records go."""
@@ -128,7 +140,7 @@ class Statistics:
 
     def write(self, index: int, collected: Mapping[str, LinearStats]) -> None:
         """Keep the statistics of a block's sites."""
-        if self._full:
+        if self._full or not is_first_here():
             return
         groups: dict[int, tuple[LinearStats, list[str]]] = {}
         for name, stats in collected.items():
@@ -283,6 +295,7 @@ def statistics_of(
     seq_len: int,
     batch_size: int,
     streamed: bool,
+    shares: Shares | None = None,
 ) -> Statistics | None:
     """The cache for statistics of this dense model on these ``tokens`` (their sha256); None where there is none.
 
@@ -314,7 +327,9 @@ def statistics_of(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return Statistics(fingerprint, need, root=root, max_bytes=max_bytes)
+    if shares is not None:  # their sums round otherwise
+        fingerprint["num_processes"] = shares.size
+    return Statistics(fingerprint, need, root=root, max_bytes=max_bytes, shares=shares)
 
 
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version", "use_cache")

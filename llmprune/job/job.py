@@ -4,7 +4,7 @@ Everything a front end needs comes out as events; everything a resumed run needs
 
 Several processes may do one job (:mod:`llmprune.processes`): all of them load the model and hold the same weights after every
 stage, and the first alone reads texts, keeps the journal and writes. A job of pattern structured shares out the candidates of
-its search, one that leaves zeros the calibration sequences and the sites (:mod:`llmprune.engines.sharding`).
+its search, the others share calibration sequences, and the sites where there are (:mod:`llmprune.engines.sharding`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Job(JobState):
         """One of several processes takes a device of its own; all but the first leave ``out`` to it."""
         config = self.config
         structure = Pattern.parse(config.pattern).structure
-        self.shared = several() and structure in (None, "structured")
+        self.shared = several()
         self.first = is_first() or not self.shared
         if self.shared:
             self.device = own_device(config.device)

@@ -19,7 +19,7 @@ from llmprune.job.calibrating import hidden_place
 from llmprune.job.loading import probed
 from llmprune.job.state import JobState
 from llmprune.methods import method_of
-from llmprune.processes import several, wait_for_all
+from llmprune.processes import wait_for_all
 from llmprune.refining import Refining, copy_weights, put_back, tuned_report
 from llmprune.report import AllocationReport, StatisticsReport
 from llmprune.spec import Need
@@ -76,7 +76,7 @@ def prune(job: JobState) -> Iterator[Event]:
     if config.refine != "none":  # the mask comes first: kept weights are tuned when it is final
         config = config.model_copy(update={"reconstruct": False})
         job.dense_weights = copy_weights(job.sites())
-    start = job.journal.num_blocks() if job.journal else 0
+    start = job.agreed(lambda: job.journal.num_blocks() if job.journal else 0)
     statistics = _dense_statistics(job, start)
     known = statistics is not None and statistics.complete(start)  # then no block has to run
     recording = Recording() if known else _recording(job)
@@ -200,12 +200,14 @@ def _batches(job: JobState) -> tuple[Sequence[Tensor], list[int | None] | None]:
 
 def _statistics(job: JobState, need: Need) -> Statistics | None:
     """The cache of what is measured on the dense model; None where there is none, as of a model without a revision."""
-    if not job.config.statistics_cache or job.source is None or several():
+    if not job.config.statistics_cache or job.source is None:
         return None
     statistics = statistics_of(
         job.config, job.source, job.model, need, device=job.device, tokens=job.calibration.report.sha256,
-        seq_len=job.seq_len, batch_size=job.batch_size, streamed=job.streamed is not None,
+        seq_len=job.seq_len, batch_size=job.batch_size, streamed=job.streamed is not None, shares=job.shares,
     )  # fmt: skip
+    if job.shares and not all(job.shares.together(lambda: statistics is not None)):
+        return None
     job.opened += [statistics] if statistics else []
     return statistics
 

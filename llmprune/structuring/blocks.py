@@ -53,11 +53,11 @@ class Depth:
     def choose(self) -> Generator[Event, None, Choice]:
         """Which blocks go."""
         setting, begun = self.setting, time.perf_counter()
-        stack, texts = setting.stack, search_texts(setting.ids_NS, DEPTH_TOKENS)
+        stack, texts = setting.stack, search_texts(setting.ids_NS, DEPTH_TOKENS, setting.shares)
         choosing = choose_blocks(
             self.method, stack, setting.record(texts), setting.device,
             head_of(setting.model, stack, texts, setting.device),
-            num_removed(setting.config, len(stack.blocks)), seed=setting.config.seed,
+            num_removed(setting.config, len(stack.blocks)), seed=setting.config.seed, shares=setting.shares,
         )  # fmt: skip
         while True:
             try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Recording, Stack
+from llmprune.engines.sharding import Shares
 from llmprune.events import Event
 from llmprune.io.journal import Journal
 from llmprune.patterns import Structure
@@ -51,13 +52,19 @@ class Setting:
     directory: Path | None = None
     shared: bool = False
 
+    @property
+    def shares(self) -> Shares:
+        """What this process does of it."""
+        return Shares.of(self.device) if self.shared else Shares.alone()
+
     def agreed(self, work: Callable[[], A]) -> A:
         """What ``work()`` returns in this process, or in the first of those that do this job: all have to call this."""
         return first_says(work) if self.shared else work()
 
     def record(self, batches: Sequence[Tensor] | None = None) -> Recording:
         """Every block's arguments on these batches [N, S], or on those of all calibration sequences."""
-        return record_batches(self.model, self.stack, batches or self.ids_NS.split(self.batch_size), self.device)
+        batches = self.ids_NS.split(self.batch_size) if batches is None else batches
+        return record_batches(self.model, self.stack, batches, self.device) if batches else Recording()
 
     def recorded(self) -> dict[str, Any] | None:
         """The newest state of a search that an earlier run left."""
@@ -112,8 +119,11 @@ class Chooser(Protocol):
         """
 
 
-def search_texts(ids_NS: Tensor, most: int) -> tuple[Tensor, ...]:
-    """The first calibration sequences, about ``most`` tokens of them, in chunks of about CHUNK_TOKENS."""
+def search_texts(ids_NS: Tensor, most: int, shares: Shares | None = None) -> tuple[Tensor, ...]:
+    """The first calibration sequences, about ``most`` tokens of them, in chunks of about CHUNK_TOKENS; with ``shares`` those of
+    them that are this process's, which may be none.
+    """
     texts = ids_NS[: max(1, most // ids_NS.shape[1])]
-    chunks: tuple[Tensor, ...] = texts.split(max(1, CHUNK_TOKENS // ids_NS.shape[1]))
+    texts = shares.part(texts) if shares else texts
+    chunks: tuple[Tensor, ...] = texts.split(max(1, CHUNK_TOKENS // ids_NS.shape[1])) if len(texts) else ()
     return chunks

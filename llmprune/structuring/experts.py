@@ -48,7 +48,8 @@ class Experts:
     def choose(self) -> Generator[Event, None, Choice]:
         """Which experts stay in every mixture."""
         setting, begun = self.setting, time.perf_counter()
-        scoring = expert_scores(setting.stack, self.mixtures, setting.record(), setting.device)
+        recording = setting.record(setting.shares.rows(setting.ids_NS).split(setting.batch_size))
+        scoring = expert_scores(setting.stack, self.mixtures, recording, setting.device, setting.shares)
         while True:
             try:
                 done = next(scoring)

@@ -166,11 +166,30 @@ def test_all_have_the_seconds_that_the_first_measured(job: dict[str, Any], tmp_p
     assert set(manifest[1].structure.group_seconds) == {"kv group", "channel"}
 
 
-def test_blocks_are_the_work_of_one_process(
-    job: dict[str, Any], tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where there is nothing to share out, several processes are refused before any work."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    outcome = cli("prune", job["model"], "--out", tmp_path / "out", "--pattern", "blocks")
-    assert outcome.code == 2 and "pattern blocks is the work of one process" in outcome.err
-    assert not (tmp_path / "out").exists()
+def _prune_each(jobs: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    for name, job in jobs.items():
+        llmprune.prune(**job, out=folder / name)
+
+
+def test_blocks_and_experts_go_by_the_scores_of_all(text_file: Path, tmp_path: Path) -> None:
+    """Whole blocks by three scores, of which one reads a single sequence, and experts: the bytes and scores of one process."""
+    llama = tiny.save(tiny.make_model(num_hidden_layers=4), tmp_path / "llama")
+    mixtral = tiny.save(tiny.make_model("mixtral"), tmp_path / "mixtral")
+    quick = {"calibration": str(text_file), "eval": (), **tiny.QUICK, "device": "cpu"}
+    blocks = {"model": str(llama), "pattern": "blocks", "sparsity": 0.5, **quick}
+    jobs = {
+        "shortgpt": {**blocks, "method": "shortgpt"},
+        "qubo": {**blocks, "method": "block-qubo"},
+        "one": {**blocks, "method": "drop-one", "num_samples": 1},
+        "experts": {"model": str(mixtral), "pattern": "experts", "sparsity": 0.5, **quick, "num_samples": 5},
+    }
+    _prune_each(jobs, tmp_path / "alone")
+    work = partial(_prune_each, jobs, tmp_path / "several")
+    assert forked.run_several(2, tmp_path / "store", work) == [0, 0], (tmp_path / "store.0").read_text()
+    for name in jobs:
+        ours, theirs = (tmp_path / which / name for which in ("several", "alone"))
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes(), name
+        (_, report), (_, before) = (read_manifest(folder) or pytest.fail() for folder in (ours, theirs))
+        assert report.structure and before.structure and report.structure.num_removed > 0
+        assert report.structure.block_scores == pytest.approx(before.structure.block_scores, rel=1e-4, abs=1e-6)
+        assert report.structure.blocks_removed == before.structure.blocks_removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
         "wanda": {"model": str(llama), "method": "wanda", "allocation": "owl", "sequential": "group", **quick},
         "sparsegpt": {"model": str(llama), "method": "sparsegpt", "batch_size": 2, **quick, "eval": ()},
         "2:4": {"model": str(llama), "method": "dsnot", "pattern": "2:4", "permute": True, **quick, "eval": ()},
-        "dense": {"model": str(llama), "method": "ria", "sequential": "none", **quick, "eval": ()},
+        "dense": {"model": str(llama), "method": "sparsegpt", "sequential": "none", **quick, "eval": ()},
+        "known": {"model": str(llama), "method": "ria", "sequential": "none", **quick, "eval": ()},
         "refined": {"model": str(llama), "method": "icbs", "icbs_passes": 2, "icbs_block_size": 64, **tuned, "eval": ()},
         "tuned": {"model": str(llama), "method": "sparsegpt", "reconstruct_rounds": 2, "batch_size": 3, **tuned, "eval": ()},
         "disk": {"model": str(llama), "method": "sparsegpt", "offload": "disk", "allocation": "dp", "batch_size": 3, **tuned},
@@ -43,7 +45,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
 
 
 def prune_all(jobs: Jobs, folder: Path) -> None:
-    """Each job, to a directory of its name."""
+    """Each job, to a directory of its name; what they know of the dense model goes to a cache beside it."""
+    os.environ["LLMPRUNE_CACHE"] = f"{folder}-cache"
     for name, job in jobs.items():
         llmprune.prune(**job, out=folder / name)
 
@@ -52,7 +55,9 @@ def prune_all(jobs: Jobs, folder: Path) -> None:
 def alone(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process writes."""
     folder = tmp_path_factory.mktemp("alone")
-    prune_all(jobs, folder)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LLMPRUNE_CACHE", "")  # set, and put back
+        prune_all(jobs, folder)
     return folder
 
 
@@ -90,6 +95,8 @@ def test_several_processes_prune_as_one_does(
         assert (report.refinement is None) == (name != "refined")
         swaps = [[point.num_swaps for point in one.refinement.points] for one in (report, before) if one.refinement]
         assert not swaps or (swaps[0] == swaps[1] and swaps[0][-1] > 0)
+        assert [one.num_reused for one in report.statistics] == [one.num_reused for one in before.statistics]
+        assert name != "known" or [one.num_reused for one in report.statistics] == [len(report.blocks)]
         counts = [[site.num_tokens for block in one.blocks for site in block.sites] for one in (report, before)]
         assert counts[0] == counts[1] and counts[0]
         for mine, its in zip(report.quality, before.quality, strict=True):
