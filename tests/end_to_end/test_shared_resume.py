@@ -90,20 +90,6 @@ def test_a_process_killed_in_the_walk_is_named(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["events.jsonl", "out", "store", "store.0", "store.1"]
 
 
-def _die_while_writing(name: str) -> None:
-    """Have this process killed when the files of a record are there, and the record is not."""
-    from llmprune.io import journal
-
-    inner = journal.write_durably
-
-    def write(file: Path, content: bytes) -> None:
-        if file.parent.name == f".tmp-{name}":
-            os.kill(os.getpid(), signal.SIGKILL)
-        inner(file, content)
-
-    journal.write_durably = write
-
-
 @pytest.mark.parametrize(("lost", "offload"), [(0, "auto"), (1, "disk")])
 def test_killed_inside_a_write(lost: int, offload: str, job: dict[str, Any], undisturbed: bytes, tmp_path: Path) -> None:
     """The first one with the others' hidden states written, or another one with nothing: the record before is gone on from.
@@ -112,7 +98,7 @@ def test_killed_inside_a_write(lost: int, offload: str, job: dict[str, Any], und
     """
     argv = arguments(job, tmp_path / "out", "--resume", "--offload", offload)
     work = partial(command, argv)
-    codes = forked.run_several(2, tmp_path / "a", work, before={lost: partial(_die_while_writing, "block-00003")})
+    codes = forked.run_several(2, tmp_path / "a", work, before={lost: partial(forked.die_while_writing, "block-00003")})
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1
     assert f"process {lost} of 2 died" in (tmp_path / f"a.{1 - lost}").read_text()
     assert (tmp_path / "out.work" / "block-00002").is_dir() and not (tmp_path / "out.work" / "block-00003").exists()
@@ -130,7 +116,7 @@ def test_one_that_lost_its_hidden_states_goes_through_the_blocks_again(
     """As one on another machine does, which does not see the work directory."""
     out = tmp_path / "out"
     work = partial(command, arguments(job, out, "--resume"))
-    before = {1: partial(_die_while_writing, "block-00002")}
+    before = {1: partial(forked.die_while_writing, "block-00002")}
     assert forked.run_several(2, tmp_path / "a", work, before=before)[1] == -signal.SIGKILL
     own = tmp_path / "out.work" / "process-00001"
     assert own.is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 import forked
 import llmprune
 import tiny
+from llmprune import refining
 from llmprune.io.checkpoint import read_manifest
 
 pytestmark = pytest.mark.skipif(
@@ -44,11 +46,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
     }
 
 
-def prune_all(jobs: Jobs, folder: Path) -> None:
+def prune_all(jobs: Jobs, folder: Path, **more: Any) -> None:
     """Each job, to a directory of its name; what they know of the dense model goes to a cache beside it."""
     os.environ["LLMPRUNE_CACHE"] = f"{folder}-cache"
     for name, job in jobs.items():
-        llmprune.prune(**job, out=folder / name)
+        llmprune.prune(**job, out=folder / name, **more)
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +63,35 @@ def alone(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def together(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes write."""
+    return prune_together(2, jobs, tmp_path_factory.mktemp("together"))
+
+
+def prune_together(size: int, jobs: Jobs, folder: Path) -> Path:
+    """The jobs by several processes."""
+    done = forked.run_several(size, folder / "store", partial(prune_all, jobs, folder / "out"))
+    assert done == [0] * size, (folder / "store.0").read_text()
+    return folder / "out"
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """All of a checkpoint."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("size", "names"), [(2, None), (4, ("wanda", "refined", "tuned", "experts"))])
+@pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_prune_as_one_does(
-    size: int, names: tuple[str, ...] | None, jobs: Jobs, alone: Path, tmp_path: Path
+    size: int, jobs: Jobs, alone: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The same supports and, to rounding, the same weights; the report counts the tokens of all.
 
     Four processes do those jobs in which some of them have no sequence of a batch or of a step, or no token of an expert.
     """
-    out = tmp_path / "several"
-    jobs = {name: job for name, job in jobs.items() if names is None or name in names}
-    assert forked.run_several(size, tmp_path / "store", partial(prune_all, jobs, out)) == [0] * size, (
-        tmp_path / "store.0"
-    ).read_text()
+    if size == 4:
+        jobs = {name: jobs[name] for name in ("wanda", "refined", "tuned", "experts")}
+    out = request.getfixturevalue("together") if size == 2 else prune_together(size, jobs, tmp_path)
     for name in jobs:
         ours, theirs = (weights(folder / name) for folder in (out, alone))
         assert ours.keys() == theirs.keys()
@@ -106,3 +119,22 @@ def test_several_processes_prune_as_one_does(
             assert mine.top1_agreement == pytest.approx(its.top1_agreement, abs=0.01)
     assert sorted(file.name for file in out.iterdir()) == sorted(jobs)
     assert "disk" not in jobs or len(list((out / "disk").glob("*.safetensors"))) == 3  # two blocks and the rest
+
+
+def _die_after_snapshots(name: str) -> None:
+    """Record the state of a refinement after every pass, and die while writing this record."""
+    refining.SNAPSHOT_SECONDS = 0.0
+    forked.die_while_writing(name)
+
+
+def test_a_refinement_and_its_tuning_go_on(jobs: Jobs, together: Path, tmp_path: Path) -> None:
+    """The first killed between two passes, then another one between two tuned blocks: the bytes of a run left alone."""
+    out = tmp_path / "out"
+    work = partial(prune_all, {"refined": jobs["refined"]}, out, resume=True)
+    for lost, record in enumerate(("refine-000002", "tuned-00001")):
+        before = {rank: partial(_die_after_snapshots, record if rank == lost else "") for rank in range(2)}
+        codes = forked.run_several(2, tmp_path / record, work, before=before)
+        assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1, (tmp_path / f"{record}.0").read_text()
+        assert ("refine-000001", "tuned-00000")[lost] in [file.name for file in (out / "refined.work").iterdir()]
+    assert forked.run_several(2, tmp_path / "last", work) == [0, 0], (tmp_path / "last.0").read_text()
+    assert (out / "refined" / "model.safetensors").read_bytes() == (together / "refined" / "model.safetensors").read_bytes()
