@@ -26,6 +26,7 @@ from llmprune.anatomy.blocks import Stack
 from llmprune.anatomy.sites import Site
 from llmprune.devices import free_bytes
 from llmprune.engines.layerwise import Walk
+from llmprune.engines.sharding import Shares
 from llmprune.errors import OutputError
 from llmprune.spec import Target
 from llmprune.stats import LinearStats
@@ -48,6 +49,10 @@ class Group:
     block: int
     sites: tuple[Site, ...]
     rungs: tuple[tuple[Target, ...], ...]
+
+
+Rungs = dict[tuple[int, int], list[Tensor]]
+"""By member and rung: the support as bits and, where the method changes what it keeps, the kept values; bytes in CPU memory."""
 
 
 @dataclass
@@ -174,11 +179,38 @@ class Shelves(Variants[Group]):
             members = {site.name: site for group in self.groups if group.block == index for site in group.sites}
             with self.stack.placed(index, walk.device):
                 stats = walk.collect(index, block, members, whole=True, keep=True)
-                for number, group in enumerate(self.groups):
-                    if group.block == index:
-                        _put(shelf, number, group, walk, stats)
+                here = [number for number, group in enumerate(self.groups) if group.block == index]
+                for number, rungs in zip(
+                    here, self._solved([self.groups[number] for number in here], walk, stats), strict=True
+                ):
+                    for member, site in enumerate(self.groups[number].sites):
+                        shelf.put(number, member, None, [site.weight_OI])
+                    for (member, rung), tensors in rungs.items():
+                        shelf.put(number, member, rung, tensors)
             shelf.close()
             yield index + 1
+
+    def _solved(self, groups: Sequence[Group], walk: Walk, stats: Mapping[str, LinearStats]) -> list[Rungs]:
+        """The rungs of each group; of several processes each solves for some of the groups, and gives them to the others."""
+        shares = walk.shares or Shares.alone()
+        found: list[Rungs] = []
+
+        def work() -> list[dict[tuple[int, int], list[int]]]:
+            for number, group in enumerate(groups):
+                found.append(_rungs(group, walk, stats) if number % shares.size == shares.rank else {})
+            return [{key: [len(one) for one in parts] for key, parts in rungs.items()} for rungs in found]
+
+        sizes = shares.together(work)
+        for number in range(len(groups)):
+            owner = number % shares.size
+            if owner != shares.rank:
+                found[number] = {
+                    key: [torch.empty(size, dtype=torch.uint8) for size in parts] for key, parts in sizes[owner][number].items()
+                }
+            for parts in found[number].values():
+                for part in filter(len, parts):
+                    shares.give_(part, owner)
+        return found
 
     def decode(self, number: int, member: int, found: Sequence[Tensor]) -> Tensor:
         """See :class:`Variants`."""
@@ -193,17 +225,20 @@ class Shelves(Variants[Group]):
         return dense.to(bits.device).view(site.stored.dtype).view(site.shape).where(keep_OI, 0)
 
 
-def _put(shelf: Shelf, number: int, group: Group, walk: Walk, stats: Mapping[str, LinearStats]) -> None:
+def _rungs(group: Group, walk: Walk, stats: Mapping[str, LinearStats]) -> Rungs:
+    """What a shelf has of a group, but for the dense weights."""
+    found: Rungs = {}
     for member, site in enumerate(group.sites):
         dense_OI = site.weight_OI
-        shelf.put(number, member, None, [dense_OI])
         for rung, targets in enumerate(group.rungs):
             pruned_OI = dense_OI
             if targets[member].sparsity > 0:
                 pruned_OI, _, _ = walk.solve(site, stats.get(site.name), targets[member])
             keep_OI = pruned_OI != 0
             changed = not torch.equal(pruned_OI, dense_OI.where(keep_OI, 0))
-            shelf.put(number, member, rung, [pack_bits(keep_OI), *([pruned_OI[keep_OI]] if changed else [])])
+            parts = [pack_bits(keep_OI), *([pruned_OI[keep_OI]] if changed else [])]
+            found[member, rung] = [part.contiguous().cpu().view(-1).view(torch.uint8) for part in parts]
+    return found
 
 
 def rung_bytes(groups: Sequence[Group], *, changes: bool) -> int:

@@ -32,6 +32,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
     llama = tiny.save(tiny.make_model(), models / "llama")
     mixtral = tiny.save(tiny.make_model("mixtral"), models / "mixtral")
     quick = {"calibration": str(text_file), "eval": str(eval_file), **tiny.QUICK, "num_samples": 10, "device": "cpu"}
+    evolved = {"allocation": "evolution", "evolution_generations": 2, "evolution_offspring": 4}
     tuned = {**quick, "reconstruct": True, "reconstruct_steps": 16, "reconstruct_lr": 0.005}
     return {
         "wanda": {"model": str(llama), "method": "wanda", "allocation": "owl", "sequential": "group", **quick},
@@ -41,7 +42,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, text_file: Path, eval_file: P
         "known": {"model": str(llama), "method": "ria", "sequential": "none", **quick, "eval": ()},
         "refined": {"model": str(llama), "method": "icbs", "icbs_passes": 2, "icbs_block_size": 64, **tuned, "eval": ()},
         "tuned": {"model": str(llama), "method": "sparsegpt", "reconstruct_rounds": 2, "batch_size": 3, **tuned, "eval": ()},
-        "disk": {"model": str(llama), "method": "sparsegpt", "offload": "disk", "allocation": "dp", "batch_size": 3, **tuned},
+        "disk": {"model": str(llama), "method": "sparsegpt", "offload": "disk", **evolved, "batch_size": 3, **tuned},
         "experts": {"model": str(mixtral), "method": "sparsegpt", "sequential": "group", **quick, "eval": ()},
     }
 
@@ -94,10 +95,13 @@ def test_several_processes_prune_as_one_does(
     out = request.getfixturevalue("together") if size == 2 else prune_together(size, jobs, tmp_path)
     for name in jobs:
         ours, theirs = (weights(folder / name) for folder in (out, alone))
+        rounding = (
+            1e-3 if jobs[name].get("reconstruct") else 1e-4
+        )  # Adam's steps are of about one size, however small the gradient
         assert ours.keys() == theirs.keys()
         for key, weight in ours.items():
             assert torch.equal(weight == 0, theirs[key] == 0), (name, key)
-            assert (weight - theirs[key]).norm() <= 1e-4 * theirs[key].norm(), (name, key)
+            assert (weight - theirs[key]).norm() <= rounding * theirs[key].norm(), (name, key)
         (_, report), (_, before) = (read_manifest(folder / name) or pytest.fail() for folder in (out, alone))
         assert report.walk == before.walk.replace("one-pass", "staged")
         tuned = [block.reconstruction for block in report.blocks if block.reconstruction]
