@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import sys
 import uuid
@@ -13,8 +14,10 @@ import light_child
 import psycopg
 import pytest
 from fleet import Fleet
+from live_service import Served, free_port, is_ready, make_environment, processes_of, start, until
 from pages_kit import Pages, serving
 
+from llmprune_service.client import Client
 from llmprune_service.database import migrate
 from postgres_server import Postgres, find_binaries
 
@@ -165,3 +168,28 @@ def guarded(tmp_path: Path) -> Iterator[Pages]:
     """With keys, and nobody signed in."""
     with serving(tmp_path, auth=True, allowed_hosts=("testserver",)) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, light_python: Path) -> Iterator[Served]:
+    """`llmprune serve` with one worker."""
+    data_dir, port = tmp_path_factory.mktemp("served"), free_port()
+    environment = make_environment(data_dir, light_python)
+    process = start("serve", "--port", port, environment=environment)
+    url = f"http://127.0.0.1:{port}"
+    with Client(url, "prn_none", patience=0) as client:
+        until(lambda: process.poll() is not None or is_ready(client), "the service is ready")
+    yield Served(url, port, environment)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert processes_of(data_dir) == []
+    assert f"Serving {url}" in errors and f"API key of the first start: {data_dir}/admin.key" in errors
+
+
+@pytest.fixture
+def here(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """Commands of this process find the service and its key."""
+    for name, value in {**served.environment, "LLMPRUNE_URL": served.url, "COLUMNS": "150"}.items():
+        monkeypatch.setenv(name, value)
+    return served

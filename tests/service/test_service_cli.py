@@ -5,113 +5,30 @@ from __future__ import annotations
 import inspect
 import io
 import json
-import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import light_child
 import pytest
+from live_service import Served, free_port, is_ready, make_environment, processes_of, start, until
 
 from llmprune.cli import prune
 from llmprune.spec import PruneConfig
 from llmprune_service.cli_jobs import submit
-from llmprune_service.client import Client, ServiceError
+from llmprune_service.client import Client
 from llmprune_service.settings import Settings
 from llmprune_service.tokens import hub_token
 from tests.conftest import Outcome
 
 LIGHT = ("--damping", "0.02", "--num-samples", "3", "--no-latency")
 Cli = Callable[..., Outcome]
-
-
-class Served(NamedTuple):
-    """A running service."""
-
-    url: str
-    port: int
-    environment: dict[str, str]
-
-
-def make_environment(data_dir: Path, python: Path) -> dict[str, str]:
-    """Settings of a service whose jobs cost next to nothing."""
-    settings = {"data_dir": data_dir, "job_python": python, "poll_seconds": 0.1, "heartbeat_ttl": 5, "disk_floor_bytes": 0}
-    return {f"LLMPRUNE_{name.upper()}": str(value) for name, value in settings.items()}
-
-
-def start(*arguments: object, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """An llmprune process with pipes."""
-    command = [sys.executable, "-m", "llmprune", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env={**os.environ, "COLUMNS": "150", **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def processes_of(data_dir: Path) -> list[int]:
-    """Processes, but for zombies, that run with this data directory: a service's web, workers and jobs."""
-    marker, found = f"LLMPRUNE_DATA_DIR={data_dir}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
-    """What the condition returns once that is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"not within {seconds} seconds: {what}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def is_ready(client: Client) -> bool:
-    try:
-        client.check()
-    except ServiceError:
-        return False
-    return True
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, light_python: Path) -> Iterator[Served]:
-    """`llmprune serve` with one worker."""
-    data_dir, port = tmp_path_factory.mktemp("served"), free_port()
-    environment = make_environment(data_dir, light_python)
-    process = start("serve", "--port", port, environment=environment)
-    url = f"http://127.0.0.1:{port}"
-    with Client(url, "prn_none", patience=0) as client:
-        until(lambda: process.poll() is not None or is_ready(client), "the service is ready")
-    yield Served(url, port, environment)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 0, errors
-    assert processes_of(data_dir) == []
-    assert f"Serving {url}" in errors and f"API key of the first start: {data_dir}/admin.key" in errors
-
-
-@pytest.fixture
-def here(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
-    """Commands of this process find the service and its key."""
-    for name, value in {**served.environment, "LLMPRUNE_URL": served.url, "COLUMNS": "150"}.items():
-        monkeypatch.setenv(name, value)
-    return served
 
 
 # Jobs -----------------------------------------------------------------------------------------------------------------
