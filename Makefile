@@ -5,6 +5,7 @@
 #   make test               the whole suite, offline, in JOBS=3 processes: two cores, and one for those that wait
 #                           (ARGS="-m slow": the kernels compiled for architectures other than sm_90)
 #   make lint               ruff, mypy
+#   make docs               the documentation site, into build/site: opens from the disk, loads nothing from elsewhere
 #   make bench              speed, memory and packing; writes the tables of the README
 #   make bench-quality      every method, combination and preset on the demo model and those of LLMPRUNE_BENCH_DATA (../shared): hours,
 #                           goes on where it was stopped; ARGS="--models demo --targets 60% --variants wanda,alps --jobs 2 --limit 20",
@@ -21,6 +22,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV ?= .venv-docs
 
 MODEL ?= demo
 METHOD ?= sparsegpt
@@ -33,7 +35,7 @@ ONCE ?=
 JOBS ?= 3
 ARGS ?=
 
-.PHONY: run test lint format bench bench-quality bench-structured bench-peers bench-gpu bench-scale bench-scale-gpu bench-service lock clean
+.PHONY: run test lint format bench bench-quality bench-structured bench-peers bench-gpu bench-scale bench-scale-gpu bench-service docs lock clean
 
 # Data of the service that `make run` starts; a local model is allowed to be named by its jobs.
 export LLMPRUNE_DATA_DIR ?= $(CURDIR)/runs/service
@@ -82,13 +84,25 @@ bench-scale-gpu: $(READY)
 bench-service: $(READY)
 	$(BIN)/python -m benchmarks service $(ARGS)
 
+# What the code says is written with the project's environment, the site with one of its own: tests need nothing of it.
+docs: $(READY) $(DOCS_VENV)/.ready
+	$(BIN)/python scripts/docs_source.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "Open build/site/index.html"
+
 lock: $(READY)
 	$(BIN)/python scripts/lock.py
+	$(if $(wildcard $(DOCS_VENV)/.ready),$(DOCS_VENV)/bin/python scripts/lock.py docs)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) runs build dist *.egg-info
 
 # The environment: made once, made again when what it is made from changes.
 $(READY): pyproject.toml requirements.lock scripts/setup.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh
+	@touch $@
+
+$(DOCS_VENV)/.ready: requirements-docs.lock
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements-docs.lock
 	@touch $@

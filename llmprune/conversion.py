@@ -63,7 +63,8 @@ def convert(
         to: ``packed`` or ``dense``.
         out: the new directory; None names it after the model, beside it.
         format: store every weight as ``2:4`` or as ``bitmask``; ``auto`` chooses by its zeros.
-        revision, trust_remote_code: as for :func:`llmprune.prune`.
+        revision: hub branch, tag or commit.
+        trust_remote_code: run modelling code shipped with the model.
 
     Raises:
         UserError: it is so already, holds nothing that packing makes smaller, is quantized, damaged, or ``out`` is in the way.

@@ -3,12 +3,17 @@
 requirements.lock is all of it, for `make`; requirements-worker.lock and requirements-web.lock are what the two container
 images run, so without tests and linters, and the web one without torch. Anyone who installs llmprune into an environment
 of their own gets the ranges of pyproject.toml.
+
+``lock.py docs``, run by the Python of the documentation's environment, writes requirements-docs.lock: what the extra docs
+asks for, without llmprune.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Collection
+import sys
+import tomllib
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -22,19 +27,24 @@ COMPUTE = ("accelerate", "datasets", "pyarrow", "safetensors", "torch", "transfo
 
 
 def main() -> None:
+    if sys.argv[1:] == ["docs"]:
+        extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+        _write("requirements-docs.lock", _closure(map(Requirement, extras["docs"])))
+        return
     installed = {canonicalize_name(found.metadata["Name"]) for found in importlib.metadata.distributions()}
-    _write("requirements.lock", installed - UNLOCKED)
-    _write("requirements-worker.lock", _closure(IMAGE) - UNLOCKED)
-    _write("requirements-web.lock", _closure(IMAGE, without=COMPUTE) - UNLOCKED)
+    _write("requirements.lock", installed - UNLOCKED | {BUILD})
+    _write("requirements-worker.lock", _closure([IMAGE]) - UNLOCKED | {BUILD})
+    _write("requirements-web.lock", _closure([IMAGE], without=COMPUTE) - UNLOCKED | {BUILD})
 
 
-def _closure(root: Requirement, without: Collection[str] = ()) -> set[str]:
-    """What the root needs on this machine, directly or not, itself included; nothing in `without` is followed."""
-    missing = root.extras - set(importlib.metadata.metadata(root.name).get_all("Provides-Extra", []))
-    if missing:
-        raise SystemExit(f"{root.name} has no extra {', '.join(missing)} here: install it again, then lock.")
+def _closure(roots: Iterable[Requirement], without: Collection[str] = ()) -> set[str]:
+    """What the roots need on this machine, directly or not, themselves included; nothing in `without` is followed."""
     seen: set[Requirement] = set()
-    pending = [root]
+    pending = list(roots)
+    for root in pending:
+        missing = root.extras - set(importlib.metadata.metadata(root.name).get_all("Provides-Extra", []))
+        if missing:
+            raise SystemExit(f"{root.name} has no extra {', '.join(missing)} here: install it again, then lock.")
     while pending:
         requirement = pending.pop()
         if requirement not in seen and canonicalize_name(requirement.name) not in without:
@@ -55,7 +65,7 @@ def _requirements(requirement: Requirement) -> list[Requirement]:
 
 
 def _write(file: str, names: Collection[str]) -> None:
-    pins = [f"{name}=={_version(name)}{MARKERS.get(name, '')}" for name in sorted({*names, BUILD})]
+    pins = [f"{name}=={_version(name)}{MARKERS.get(name, '')}" for name in sorted(names)]
     torch = " torch is installed first, in the build that suits the machine (scripts/setup.sh)." if "torch" in names else ""
     Path(file).write_text(f"# Made by `make lock`.{torch}\n" + "\n".join(pins) + "\n")
     print(f"{file}: {len(pins)} packages")
