@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import tempfile
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import typer
 from pydantic import BaseModel
 
 import llmprune
-from llmprune import errors, events, pruning, report, speed, structure
+from llmprune import errors, events
 from llmprune.cli import with_plugins
 from llmprune_service import client
 
@@ -124,12 +125,21 @@ def python_page() -> str:
 
 
 def results() -> list[type[BaseModel]]:
-    """Report first, then everything it and the other results are made of."""
-    kinds = [
-        kind for module in (report, pruning, structure, speed) for kind in vars(module).values()
-        if inspect.isclass(kind) and issubclass(kind, speed.Part) and kind is not speed.Part
-    ]  # fmt: skip
-    return sorted(dict.fromkeys(kinds), key=lambda kind: (kind is not report.Report, kind.__name__))
+    """Report first, then everything that it and the other public classes are made of."""
+    found: dict[type[BaseModel], None] = {}
+
+    def add(kind: Any) -> None:
+        for inner in typing.get_args(kind):
+            add(inner)
+        if inspect.isclass(kind) and issubclass(kind, BaseModel) and kind not in found:
+            found[kind] = None
+            for field in kind.model_fields.values():
+                add(field.annotation)
+
+    for name in llmprune.__all__:
+        add(getattr(llmprune, name))
+    del found[llmprune.PruneConfig]
+    return sorted(found, key=lambda kind: (kind is not llmprune.Report, kind.__name__))
 
 
 def event_kinds() -> list[type[BaseModel]]:

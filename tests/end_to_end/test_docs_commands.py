@@ -5,8 +5,9 @@ What a page says is changed in these ways alone:
 - `MODEL`, `demo` and names of the hub are a random Llama of two blocks, of eight where whole blocks go; `MOE` mixes experts;
 - texts, by name or file, are a file of a few thousand words;
 - numbers of samples, steps, tokens and seconds are at most those of LIMITS, and a command has the options of QUICK in any case;
+- of the values of a sweep there are two methods, and one of the others;
 - an output of an earlier command of the page gives way to one of the same name, unless the command says `--resume`;
-- `DIR`, `pruned` and `pruned-packed` are there when a page begins, as a page may tell of what another one has made;
+- `DIR`, `DIR2`, `pruned` and `pruned-packed` are there when a page begins, as a page may tell of what another one has made;
 - Python finds the names of the fixture `names`, and its calls of the library have the fields of QUICK_FIELDS.
 
 Blocks that need a service are run by tests/service/test_docs_service.py.
@@ -43,8 +44,11 @@ LIMITS: dict[str, float] = {
     "--batch-size": 2, "--icbs-block-size": 32, "--icbs-layers-per-step": 2, "--icbs-sequences": 2,
 }  # fmt: skip
 """Options of the commands, and the most that they are given here."""
+VALUES = {"--methods": 2, "--patterns": 1, "--sparsities": 1, "--allocations": 1, "--efforts": 1}
+"""Options of sweeps, and how many of their values are tried here."""
 QUICK: dict[str, list[str]] = {
     "prune": ["--num-samples", "--seq-len", "--max-eval-tokens", "--no-latency"],
+    "sweep": ["--num-samples", "--seq-len", "--max-eval-tokens", "--no-latency"],
     "plan": ["--num-samples", "--seq-len", "--max-eval-tokens"],
     "evaluate": ["--seq-len", "--max-eval-tokens", "--no-latency"],
     "recover": ["--num-samples", "--seq-len", "--max-eval-tokens", "--steps", "--batch-size"],
@@ -75,6 +79,7 @@ def made(tiny_model_dir: Path, text_file: Path, eval_file: Path, tmp_path_factor
     llmprune.prune(tiny_model_dir, pattern="2:4", out=folder / "pruned", **texts, **tiny.QUICK)
     llmprune.convert(folder / "pruned", to="packed")
     shutil.copytree(folder / "pruned", folder / "DIR")
+    llmprune.prune(tiny_model_dir, method="magnitude", out=folder / "DIR2", **texts, **tiny.QUICK)
     (folder / "DIR" / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     return folder
 
@@ -127,7 +132,7 @@ def quick_python(tiny_model_dir: Path, text_file: Path, monkeypatch: pytest.Monk
     evaluation = {name: QUICK_FIELDS[name] for name in ("seq_len", "max_eval_tokens", "latency")}
     texts = {"calibration": str(text_file), "eval": str(text_file)}
     for name, replaced in {
-        "prune": {**QUICK_FIELDS, **texts}, "prune_iter": {**QUICK_FIELDS, **texts},
+        "prune": {**QUICK_FIELDS, **texts}, "prune_iter": {**QUICK_FIELDS, **texts}, "sweep": {**QUICK_FIELDS, **texts},
         "evaluate": {**evaluation, "eval": str(text_file)}, "generate": {"max_new_tokens": 8}, "load": {},
     }.items():  # fmt: skip
         monkeypatch.setattr(api, name, quicken(getattr(api, name), **replaced))
@@ -146,6 +151,8 @@ def change(tiny_model_dir: Path, deep_model_dir: Path, moe_model_dir: Path, text
         for place, word in enumerate(words[:-1]):
             if word in TEXTS and words[place + 1] not in KEPT:
                 words[place + 1] = str(text_file)
+            elif word in VALUES:
+                words[place + 1] = ",".join(words[place + 1].split(",")[: VALUES[word]])
             elif word in LIMITS and words[place + 1] != "none":
                 words[place + 1] = _limited(word, words[place + 1])
         added = [*QUICK.get(words[0], ()), *(option for word in words for option in QUICK_IF.get(word, ()))]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, until
+from live_service import Served, until
 
 from documented import PAGES, ROOT, Block, Command, blocks
 from llmprune_service.client import Client
@@ -69,7 +69,7 @@ def change(here: Served, cli: Cli, last_job: Callable[[], str]) -> Callable[[str
         text = HUB.sub("demo", text).replace(ADDRESS, here.url)
         text = DATABASE.sub(f"sqlite:///{here.environment['LLMPRUNE_DATA_DIR']}/llmprune.db", text)
         text = text.replace("~/.local/share/llmprune", here.environment["LLMPRUNE_DATA_DIR"])
-        text = re.sub(r"'\{\"model\": \"demo\", (.*?)\}'", lambda found: f"'{_light(found[0][1:-1])}'", text)
+        text = re.sub(r"(?<=-d ')\{.*?\}(?=')", lambda found: _light(json.loads(found[0])), text)
         if re.search(r"\bJOB\b", text):
             text = re.sub(r"\bJOB\b", last_job(), text)
         if "key_..." in text:
@@ -79,8 +79,9 @@ def change(here: Served, cli: Cli, last_job: Callable[[], str]) -> Callable[[str
     return changed
 
 
-def _light(body: str) -> str:
-    return json.dumps({**json.loads(body), **LIGHT})
+def _light(body: dict[str, Any]) -> str:
+    """The body of a submission, of a job or a sweep."""
+    return json.dumps({**body, "base": {**body["base"], **LIGHT}} if "base" in body else {**body, **LIGHT})
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if needing(page)], ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -90,8 +91,9 @@ def test_what_the_page_says_of_a_service_works(
     """Every command ends with exit code 0, every request is answered with 2xx, and Python raises nothing."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "token.txt").write_text("hf_" + 20 * "x" + "\n")
-    submit = Client.submit
-    monkeypatch.setattr(Client, "submit", lambda client, **fields: submit(client, **{**fields, **LIGHT}))
+    for name in ("submit", "sweep"):
+        call = getattr(Client, name)
+        monkeypatch.setattr(Client, name, lambda client, call=call, **fields: call(client, **{**fields, **LIGHT}))
     for block in needing(page):
         if block.language == "python":
             exec(compile(change(block.text), str(block), "exec"), {})
