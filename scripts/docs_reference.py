@@ -76,30 +76,21 @@ def cli_page() -> str:
         "stdout, and everything else on stderr. `llmprune --version` prints the version.",
     ]
     for name, command in commands():
-        shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
-        arguments = [parameter for parameter in shown if parameter.param_type_name == "argument"]
-        words = [_word(argument) if argument.required else f"[{_word(argument)}]" for argument in arguments]
-        rows: list[tuple[object, ...]] = [(_word(argument), argument.help or "") for argument in arguments]
-        rows += [_option(parameter) for parameter in shown if parameter not in arguments]
-        parts += [f"## {name}", (command.help or "").strip(), f"    {' '.join([name, *words, '[OPTIONS]'])}"]
+        context = command.make_context(name, [], resilient_parsing=True)
+        words = [word for parameter in command.params for word in parameter.get_usage_pieces(context)]
+        rows: list[tuple[object, ...]] = [
+            record for parameter in command.params if (record := parameter.get_help_record(context))
+        ]
+        parts += [
+            f"## {name}",
+            (command.help or "").strip().replace("<", "&lt;"),
+            f"    {' '.join([name, *words, '[OPTIONS]'])}",
+        ]
         if rows:
             parts.append(table("argument or option | meaning", rows))
         if command.epilog:
             parts.append(re.sub(r"^Example: (.*)$", r"Example: `\1`", command.epilog))
     return "\n\n".join(parts) + "\n"
-
-
-def _word(argument: Any) -> str:
-    return str(argument.name).upper()
-
-
-def _option(option: Any) -> tuple[str, str]:
-    names = ", ".join(option.opts) + ("/" + ", ".join(option.secondary_opts) if option.secondary_opts else "")
-    value = "" if option.is_flag else f" {str(option.display_type).upper()}"
-    repeated = " Repeatable." if option.multiple else ""
-    default = option.show_default if isinstance(option.show_default, str) else option.default
-    shown = f" Default: {default}." if isinstance(default, (str, int, float)) and not isinstance(default, bool) else ""
-    return names + value, (option.help or "") + repeated + shown
 
 
 # Python -------------------------------------------------------------------------------------------------------------------

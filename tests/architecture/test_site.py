@@ -144,10 +144,10 @@ def test_the_reference_has_every_endpoint(site: Path) -> None:
 def test_the_reference_has_every_command_and_option(site: Path) -> None:
     """Each with a sentence."""
     page = (site / "reference" / "cli.md").read_text()
-    assert len(COMMANDS) > 20
+    assert len(COMMANDS) > 20 and "object at 0x" not in page and "bound method" not in page.lower()
     for name, command in COMMANDS.items():
         section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-        assert command.help.split(".")[0] in section
+        assert command.help.split(".")[0].split("<")[0] in section
         for parameter in command.params:
             if parameter.param_type_name == "option" and not parameter.hidden:
                 assert re.search(rf"`[^`]*{parameter.opts[0]}\b[^`]*` \| ", section), (name, parameter.opts)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import llmprune
@@ -41,6 +45,30 @@ def test_slicing_example_runs() -> None:
     texts = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("by ")]
     assert len(texts) == 2 and len(set(texts)) == 1
     assert "the KL would be about" in done.stdout and "after 8 steps perplexity" in done.stdout
+
+
+def test_comparing_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, on a text of one's own: both methods at both sparsities, the best ones with a star."""
+    example = runpy.run_path(str(ROOT / "examples" / "compare_methods.py"))
+    example["main"](ROOT / "docs" / "guide.md")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("wanda", "sparsegpt"))]
+    assert sorted(row[0] for row in rows) == ["sparsegpt-0.5", "sparsegpt-0.6", "wanda-0.5", "wanda-0.6"]
+    assert rows[0][0] == "sparsegpt-0.5" and rows[0][-1] == "*"
+
+
+def test_serving_example_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What was chosen is served: on a CPU the dense checkpoint, as packed weights are slower there."""
+    example = runpy.run_path(str(ROOT / "examples" / "serve_two_four.py"))
+    chosen = example["choose"](tmp_path)
+    assert "perplexity" in capsys.readouterr().out
+    assert chosen.name == "dense" or torch.cuda.is_available()
+    with example["make_server"](llmprune.load(chosen), AutoTokenizer.from_pretrained(chosen), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}", b"def main(", timeout=60) as answer:
+            assert answer.read().decode().startswith("def main(")
+        server.shutdown()
+        thread.join(30)
 
 
 def test_bundled_model_is_small_and_has_learnt() -> None:
