@@ -17,7 +17,8 @@ def compare(*directories: str | Path, x: str | None = None, y: str | None = None
 
     Args:
         directories: of ``llmprune prune --out``, or of a sweep, which stands for all its points.
-        x, y: axes of the front, by name (:data:`llmprune.io.pareto.AXES`); chosen by what differs where not given.
+        x: axis of the front, by name (:data:`llmprune.io.pareto.AXES`); chosen by what differs where not given.
+        y: the other axis, likewise.
 
     Raises:
         ConfigError: nothing to compare, the same directory twice, one without a report, or an unknown axis.

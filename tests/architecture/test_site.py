@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import unicodedata
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 import llmprune
 from documented import PAGES, ROOT, RUN, Block, blocks
+from llmprune_service import client
 from llmprune_service.api.errors import _CODES
 from scripts import docs_reference, docs_source
 
@@ -23,6 +25,7 @@ WRITTEN = [
     ROOT / "docs" / page
     for page in ("reference/cli.md", "reference/python.md", "reference/rest.md", "reference/errors.md", "examples.md")
 ]
+PUBLIC = [getattr(llmprune, name) for name in llmprune.__all__ if inspect.isfunction(getattr(llmprune, name))]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
@@ -127,6 +130,14 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
         assert described or f"| `{name}` |" in (site / "reference" / "errors.md").read_text(), name
     for field in llmprune.PruneConfig.model_fields:
         assert f"| `{field}` |" in page
+
+
+@pytest.mark.parametrize("thing", [*PUBLIC, *vars(client.Client).values()], ids=lambda thing: getattr(thing, "__name__", None))
+def test_arguments_are_described_by_their_names(thing: Any) -> None:
+    """One a line: what reads the docstrings for the site knows no `x, y:`, and ends the build."""
+    section = (inspect.getdoc(thing) or "").partition("Args:\n")[2].partition("\n\n")[0] if inspect.isfunction(thing) else ""
+    for name in re.findall(r"^    (\S[^:]*):", section, re.MULTILINE):
+        assert name in inspect.signature(thing).parameters
 
 
 def test_the_reference_has_every_endpoint(site: Path) -> None:
