@@ -4,7 +4,8 @@ What a page says is changed in these ways alone:
 
 - the address is that of the running service, a database's address is its database;
 - names of the hub are the bundled model, and jobs get the fields of LIGHT;
-- `JOB` is the last job that was submitted, once it has ended; `key_...` the last key that was made; `token.txt` holds a token;
+- `JOB` is the last job that was submitted, once it has ended, `SWEEP` the last sweep; `key_...` the last key that was made;
+- `token.txt` holds a token;
 - the key file of the README's `curl` is that of the service, `LLMPRUNE_API_KEY` holds its key;
 - what `--out` and `download` write goes to a folder of the page.
 """
@@ -72,6 +73,8 @@ def change(here: Served, cli: Cli, last_job: Callable[[], str]) -> Callable[[str
         text = re.sub(r"(?<=-d ')\{.*?\}(?=')", lambda found: _light(json.loads(found[0])), text)
         if re.search(r"\bJOB\b", text):
             text = re.sub(r"\bJOB\b", last_job(), text)
+        if re.search(r"\bSWEEP\b", text):
+            text = re.sub(r"\bSWEEP\b", json.loads(cli("sweeps", "list", "--json").out)["data"][0]["id"], text)
         if "key_..." in text:
             text = text.replace("key_...", json.loads(cli("keys", "list", "--json").out)["data"][-1]["id"])
         return text
@@ -117,7 +120,7 @@ def request(line: str, folder: Path) -> None:
 def run(command: Command, change: Callable[[str], str], cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process."""
     words = [change(word) for word in command.words[1:]]
-    if words[0] == "submit":
+    if "submit" in words[:2]:
         words += OPTIONS
     if "--out" in words:
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
