@@ -73,7 +73,7 @@ def run(console: Console) -> dict[str, Any]:
             ]  # fmt: skip
             plan = Plan.model_validate(json.loads(llmprune("plan", *common)))
             out = str(Path(temporary) / str(number))
-            report = Report.model_validate(json.loads(llmprune("prune", *common, "--out", out, "--no-latency")))
+            report = Report.model_validate(json.loads(llmprune("prune", *common, "--out", out, "--no-latency", "--no-prompt")))
             rows.append(_row(name, report, plan, idle))
     table = Table(
         "walk", "prune peak", "bound", "x hidden", "peak of all", "plan", "plan error", title="Peak resident set, MiB"

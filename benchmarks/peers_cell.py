@@ -81,7 +81,7 @@ def ours(job: Job, meter: Meter) -> None:
     )  # fmt: skip
     config = PruneConfig.build(
         model=job["model"], method=job["method"], damping=job["damping"], dtype="float32", device="cpu", eval=(), latency=False,
-        calibration="stdlib", num_samples=len(ids_NS), seq_len=ids_NS.shape[1], **job["target"], **job["fields"],
+        calibration="stdlib", prompt=(), num_samples=len(ids_NS), seq_len=ids_NS.shape[1], **job["target"], **job["fields"],
     )  # fmt: skip
     with patch("llmprune.job.calibrating.load_calibration", return_value=TokenSet(ids_NS, report)):
         for event in OneJob(config, out=Path(job["out"])).run():

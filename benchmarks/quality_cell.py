@@ -43,7 +43,7 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
     :func:`benchmarks.structured_cell.found`.
     """
     idle = psutil.Process().memory_info().rss
-    config = PruneConfig.build(**{**fields, "eval": (), "latency": False})
+    config = PruneConfig.build(**{**fields, "eval": (), "latency": False, "prompt": ()})
     job = Job(config)
     windows: list[Tensor] = []
     hidden: list[Tensor] = []  # the head's inputs of the dense model, by window

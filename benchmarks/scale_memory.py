@@ -41,7 +41,7 @@ BLOCKS_PER_SHARD = 4
 POLL_SECONDS = 0.005
 PRUNE = (
     "--method", "wanda", "--num-samples", "8", "--seq-len", "128", "--calibration", "stdlib", "--eval", "stdlib",
-    "--max-eval-tokens", "1024", "--device", "cpu", "--dtype", "float32", "--no-latency",
+    "--max-eval-tokens", "1024", "--device", "cpu", "--dtype", "float32", "--no-latency", "--no-prompt",
 )  # fmt: skip
 
 

@@ -18,7 +18,13 @@ def run(console: Console) -> dict[str, Any]:
     for sequential in ("group", "block", "none"):
         for method in ("wanda", "sparsegpt"):
             report = llmprune.prune(
-                method=method, sparsity=0.6, sequential=sequential, latency=False, dtype=dtype, statistics_cache=False
+                method=method,
+                sparsity=0.6,
+                sequential=sequential,
+                latency=False,
+                prompt=(),
+                dtype=dtype,
+                statistics_cache=False,
             )
             quality = report.quality[0]
             seconds = next(stage.seconds for stage in report.stages if stage.name == "prune")

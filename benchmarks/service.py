@@ -83,7 +83,7 @@ def make_inputs(folder: Path, **layers: int) -> None:
 def job(inputs: Path, model: str, **fields: Any) -> dict[str, Any]:
     """The body of a submission: a job of a few seconds, nearly all of them the start of Python and torch."""
     where = {"model": str(inputs / model), "calibration": str(inputs / "text.txt"), "device": "cpu"}
-    return {**where, "eval": [], "latency": False, "num_samples": 32, "seq_len": 64, **fields}
+    return {**where, "eval": [], "latency": False, "prompt": [], "num_samples": 32, "seq_len": 64, **fields}
 
 
 def quiet_environment() -> dict[str, str]:

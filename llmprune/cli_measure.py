@@ -109,7 +109,7 @@ def generate(
     With the same prompt, greedy, a packed model and the same model in dense weights write the same but for rounding; a pruned
     model and its dense original part ways sooner or later, and the number of leading tokens that agree says when.
     """
-    fields = config_fields(locals())
+    fields = config_fields({name: value for name, value in locals().items() if name != "prompt"})  # a job's are several
     if greedy and temperature:
         raise ConfigError("--greedy and --temperature contradict each other; give one of them.")
     text = _prompt(prompt)

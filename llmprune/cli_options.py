@@ -59,6 +59,12 @@ BatchSize = Annotated[int | None, config_option("batch_size", "--batch-size")]
 Eval = Annotated[list[str] | None, config_option("eval", "--eval", "-e")]
 NoEval = Annotated[bool, typer.Option("--no-eval", help="Evaluate on nothing.")]
 MaxEvalTokens = Annotated[int | None, config_option("max_eval_tokens", "--max-eval-tokens")]
+Prompt = Annotated[list[str] | None, config_option("prompt", "--prompt")]
+NoPrompt = Annotated[bool, typer.Option("--no-prompt", help="Let the models write nothing.")]
+TaskNames = Annotated[list[str] | None, config_option("tasks", "--tasks")]
+TasksPath = Annotated[str | None, config_option("tasks_path", "--tasks-path")]
+TaskLimit = Annotated[int | None, config_option("task_limit", "--task-limit")]
+NumFewshot = Annotated[int | None, config_option("num_fewshot", "--num-fewshot")]
 LatencyFlag = Annotated[bool | None, config_option("latency", "--latency/--no-latency")]
 Damping = Annotated[float | None, config_option("damping", "--damping")]
 Permute = Annotated[bool | None, config_option("permute", "--permute/--no-permute")]
@@ -91,13 +97,14 @@ EventsFile = Annotated[str | None, typer.Option("--events", help="Write events a
 def config_fields(arguments: dict[str, Any]) -> dict[str, Any]:
     """The config fields among a command's arguments; what was not given is None and takes the default."""
     fields = {name: value for name, value in arguments.items() if name in PruneConfig.model_fields}
-    for name in ("skip", "eval"):
+    for name in ("skip", "eval", "prompt", "tasks"):
         if fields.get(name):
             fields[name] = tuple(fields[name])
         elif name in fields:
             fields[name] = None
-    if arguments.get("no_eval"):
-        fields["eval"] = ()
+    for name in ("eval", "prompt"):
+        if arguments.get(f"no_{name}"):
+            fields[name] = ()
     return fields
 
 

@@ -22,6 +22,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from llmprune.continuations import Continuations
 from llmprune.events import (
     BlockFinished,
     BlockStarted,
@@ -37,6 +38,7 @@ from llmprune.events import (
 from llmprune.io.course import refinement_line
 from llmprune.io.render import (
     NOTHING,
+    change_of,
     count,
     duration,
     number,
@@ -51,9 +53,10 @@ from llmprune.io.render import (
     target_percent,
     times,
     verdict_parts,
+    with_error,
 )
 from llmprune.io.structure_text import latency_line, removed_units, search_line
-from llmprune.report import Latency, Packed, Report, Speed, StructureReport
+from llmprune.report import Latency, Packed, Report, Speed, StructureReport, TaskReport
 from llmprune.speed import overlap, pair_speeds
 from llmprune.speed_tables import print_benchmark
 from llmprune.terminal import add_row, make_table
@@ -101,6 +104,10 @@ def print_report(report: Report, console: Console) -> None:
     for line in (*statistics_lines(report), permutation_line(report), reconstruction_line(report)):
         if line:
             console.print(Text(line))
+    if report.tasks:
+        print_tasks(report.tasks, console)
+    if report.continuations:
+        _print_writing(report.continuations, console)
     if report.latency:
         console.print(_speed(report.latency))
         if report.latency.note:
@@ -169,6 +176,32 @@ def _structure(report: Report, structure: StructureReport) -> Table:
         gone = percent(1 - structure.kv_bytes / structure.kv_bytes_dense)
         add_row(table, "KV cache, bytes a token", count(structure.kv_bytes_dense), count(structure.kv_bytes), gone)
     return table
+
+
+def print_tasks(tasks: TaskReport, console: Console) -> None:
+    """One row for each metric; a model evaluated alone has one column of scores."""
+    compared = any(score.dense is not None for score in tasks.scores)
+    table = make_table("Task", "metric", "n", *(("dense", "pruned", "change") if compared else ("score",)))
+    for score in tasks.scores:
+        cells = [with_error(score.pruned, score.pruned_stderr)]
+        if compared:
+            cells = [with_error(score.dense, score.dense_stderr), *cells, change_of(score)]
+        add_row(table, score.task, score.metric, NOTHING if score.num_samples is None else count(score.num_samples), *cells)
+    console.print(table)
+    if tasks.limit:
+        console.print(Text(f"The first {count(tasks.limit)} examples of each task: for trying, not for quoting.", style="dim"))
+
+
+def _print_writing(writing: Continuations, console: Console) -> None:
+    table = make_table("Continuations", "distinct-1", "distinct-2", "distinct-3", "repeated", "longest loop")
+    for name, item in (("dense", writing.diversity_dense), ("pruned", writing.diversity_pruned)):
+        if item is not None:
+            shares = (number(share, 3) for share in (item.distinct_1, item.distinct_2, item.distinct_3))
+            add_row(table, name, *shares, percent(item.repeated, 1), f"{item.longest_loop} tokens")
+    if table.row_count:
+        console.print(table)
+    style = "yellow" if writing.verdict.status == "degenerate" else "dim"
+    console.print(Text(printable(writing.verdict.text), style=style))
 
 
 def _speed(latency: Latency) -> Table:

@@ -26,11 +26,13 @@ from llmprune.measure.latency import DENSE_NOTE, measure_speed
 from llmprune.measure.quality import Forward, Scores, as_events, forward_of, replay_head, score_text
 from llmprune.measure.quality import against as against_dense
 from llmprune.measure.streamed import NO_SPEED, score_streamed
+from llmprune.measure.tasks import NOT_RUN, Tasks, open_tasks
 from llmprune.memory import weights_place
 from llmprune.processes import several
-from llmprune.report import Evaluation, Latency, Quality
+from llmprune.report import Evaluation, Latency, Quality, TaskReport
 from llmprune.scoring import scores_of_all
 from llmprune.spec import PruneConfig, default_seq_len
+from llmprune.task_report import side_by_side
 
 A = TypeVar("A")
 
@@ -41,8 +43,8 @@ def evaluate(model: str | Path | None = None, *, against: str | Path | None = No
     Args:
         model: hub ID or directory; None is the bundled one.
         against: the dense model, with the same vocabulary.
-        overrides: PruneConfig's fields ``eval``, ``seq_len``, ``max_eval_tokens``, ``latency``, ``device``, ``offload``,
-            ``dtype``, ``revision``, ``trust_remote_code``.
+        overrides: PruneConfig's fields ``eval``, ``tasks``, ``seq_len``, ``max_eval_tokens``, ``latency``, ``device``,
+            ``offload``, ``dtype``, ``revision``, ``trust_remote_code``, and those of tasks.
     """
     for event in evaluate_iter(model, against=against, **overrides):
         if isinstance(event, Evaluated):
@@ -60,11 +62,13 @@ def evaluate_iter(model: str | Path | None = None, *, against: str | Path | None
         overrides["model"] = str(model)
     config = PruneConfig.build(None, **overrides)
     sources = config.eval_sources()
-    if not sources:
-        raise ConfigError("nothing to evaluate: give at least one --eval text.")
+    if not sources and not config.tasks:
+        raise ConfigError("nothing to evaluate: give at least one --eval text, or --tasks.")
     device = own_device(config.device) if several() else pick_device(config.device)
     shares = Shares.of(device) if several() else None
     _agreed(shares, partial(_check, sources))
+    tasks = _Opened()
+    _agreed(shares, partial(tasks.open, config))
     yield StageStarted(stage="load", total=2 if against else 1)
     pruned = _Loaded.load(config, device)
     dense = None
@@ -83,7 +87,7 @@ def evaluate_iter(model: str | Path | None = None, *, against: str | Path | None
             load_evaluation(source, pruned.tokenizer, seq_len=seq_len, max_tokens=config.max_eval_tokens) for source in sources
         ],
     )
-    yield from _measure(config, pruned, dense, texts, device, shares)
+    yield from _measure(config, pruned, dense, texts, tasks.found, device, shares)
 
 
 def _check(sources: Sequence[str]) -> None:
@@ -100,6 +104,7 @@ def _measure(
     pruned: _Loaded,
     dense: _Loaded | None,
     texts: list[TokenSet],
+    tasks: Tasks | None,
     device: torch.device,
     shares: Shares | None,
 ) -> Iterator[Event]:
@@ -126,14 +131,15 @@ def _measure(
         seconds += scores.seconds
         quality.append(against_dense(result, scores))
     latency = None
-    measured = config.latency and (shares is None or shares.rank == 0)
+    measured = config.latency and texts and (shares is None or shares.rank == 0)
     if measured and pruned.stack:
         yield Warned(message=NO_SPEED)
     elif measured:
         with dispatched(pruned.model, device):
             speeds = measure_speed(pruned.model, texts[0].ids_NS[:1])
         latency = Latency(device=device_name(device), dense=(), pruned=speeds, note=DENSE_NOTE)
-    yield StageFinished(stage="pruned", seconds=seconds)
+    report = (yield from _examine(tasks, pruned, dense, device, total)) if tasks else None
+    yield StageFinished(stage="pruned", seconds=seconds + (report.seconds_dense + report.seconds_pruned if report else 0))
     yield Evaluated(
         evaluation=Evaluation(
             model=config.model,
@@ -141,8 +147,33 @@ def _measure(
             environment=environment(device),
             quality=tuple(quality),
             latency=latency,
+            tasks=report,
         )
     )
+
+
+def _examine(
+    tasks: Tasks, pruned: _Loaded, dense: _Loaded | None, device: torch.device, total: int
+) -> Generator[Event, None, TaskReport | None]:
+    """The tasks of one model, or of both; None where one of them cannot be run whole."""
+    if pruned.stack or (dense and dense.stack):
+        yield Warned(message=f"tasks were not run: {NOT_RUN}.")
+        return None
+    reports: list[TaskReport] = []
+    for loaded in filter(None, (dense, pruned)):
+        with dispatched(loaded.model, device):
+            reports.append((yield from tasks.run(loaded.model, loaded.tokenizer, "pruned", total)))
+    return side_by_side(reports[0] if dense else None, reports[-1])
+
+
+@dataclass
+class _Opened:
+    """The tasks, which of several processes the first alone opens and runs."""
+
+    found: Tasks | None = None
+
+    def open(self, config: PruneConfig) -> None:
+        self.found = open_tasks(config)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from llmprune.io.models import Source, load_model, load_tokenizer, resolve
 from llmprune.loading import fuse_shared_inputs_
 from llmprune.measure.phases import last_logits_only, max_tokens
 from llmprune.measure.timing import synchronize
+from llmprune.measure.writing import end_tokens, text_after, text_ids
 from llmprune.packing import packed_layers
 from llmprune.report import Generated, Generation
 from llmprune.spec import PruneConfig
@@ -31,8 +32,6 @@ _CPU_NOTE = (
     "on a CPU packed weights are expanded at every call, which is slow: `llmprune convert DIR --to dense`, or "
     "llmprune.load(DIR, packed=False), gives the same model in dense weights."
 )
-_CONTEXT = 4
-"""Tokens of the prompt that are decoded together with the text, because many tokenizers drop the first one's space."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -137,12 +136,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, n
         inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         ids_1S: Tensor = inputs["input_ids"]
         return ids_1S
-    ids = list(tokenizer(prompt)["input_ids"])
-    if not ids and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id]
-    if not ids:
-        raise ConfigError("the prompt is empty, and this tokenizer has no token to begin with: give at least one word.")
-    return torch.tensor([ids])
+    return text_ids(tokenizer, prompt)[None]
 
 
 @torch.no_grad()
@@ -155,7 +149,7 @@ def write(
     """
     device = module_device(model)
     options = last_logits_only(model)
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     generator = torch.Generator().manual_seed(seed)
     inputs_1S = ids_1S
     cache: Any = None
@@ -202,8 +196,7 @@ def _pieces(
             raise ConfigError(f"the prompt has {ids_1S.shape[1]} tokens, and {name} has positions for {limit}. Shorten it.")
         notes.append(f"{max_new_tokens} new tokens at most: {name} has positions for {limit}.")
     yield StageStarted(stage="generate", total=max_new_tokens)
-    context = ids_1S[0, -_CONTEXT:].tolist()
-    before = tokenizer.decode(context, skip_special_tokens=True)
+    before = ids_1S[0].tolist()
     tokens: list[int] = []
     seconds: list[float] = []
     shown = text = ""
@@ -216,7 +209,7 @@ def _pieces(
             break
         tokens.append(token)
         seconds.append(took)
-        text = _text_after(tokenizer, before, context, tokens)
+        text = text_after(tokenizer, before, tokens)
         if not text.endswith(_UNFINISHED) and len(text) > len(shown):
             yield TextPiece(model=name, text=text[len(shown) :])
             shown = text
@@ -232,19 +225,6 @@ def _pieces(
         decode_seconds=sum(seconds[1:]),
         notes=tuple(notes),
     )
-
-
-def _text_after(tokenizer: PreTrainedTokenizerBase, before: str, context: list[int], tokens: list[int]) -> str:
-    whole = str(tokenizer.decode(context + tokens, skip_special_tokens=True))
-    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    settings = getattr(model, "generation_config", None)
-    ends = getattr(settings, "eos_token_id", None)
-    if ends is None:
-        ends = model.config.get_text_config().eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
 
 
 def _load(config: PruneConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

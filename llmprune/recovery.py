@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.anatomy.blocks import Stack, find_stack, probe
+from llmprune.continuations import Continuations
 from llmprune.description import IN_MEMORY
 from llmprune.devices import environment, memory_errors, module_device, pick_device
 from llmprune.engines.adapters import require_peft
@@ -27,6 +28,7 @@ from llmprune.io.text import TokenSet, check_source, load_calibration, load_eval
 from llmprune.measure.dispatch import dispatched
 from llmprune.measure.quality import Forward, Scores, as_events, score_text
 from llmprune.measure.quality import against as against_dense
+from llmprune.measure.writing import prepare_prompts, write_all
 from llmprune.processes import is_first
 from llmprune.recovery_spec import NO_TEACHER, RecoverConfig
 from llmprune.report import Quality, Recovery, Report
@@ -293,12 +295,24 @@ class _Recovery:
             update={
                 "recovery": recovery,
                 "quality": recovery.quality_after,
+                "continuations": self._continued(report.continuations),
+                "tasks": None,  # they were another model's
                 "num_zeros_model": sum(int((parameter == 0).sum()) for parameter in self.model.parameters()),
                 "warnings": (*report.warnings, *recovery.warnings),
                 "out": recovery.out,
                 "checkpoint_bytes": recovery.checkpoint_bytes,
             }
         )
+
+    def _continued(self, before: Continuations | None) -> Continuations | None:
+        """What the weights as they are now make of the prompts of the pruning."""
+        if before is None or not before.dense:
+            return before
+        prompts = prepare_prompts(self.model, self.tokenizer, self.pruning.prompt, name=self.config.model)
+        if prompts.texts != before.prompts:
+            return None
+        with dispatched(self.model, self.device):
+            return before.model_copy(update={"pruned": write_all(self.model, self.tokenizer, prompts)})
 
     def _warn(self, message: str) -> Warned:
         self.warnings.append(message)

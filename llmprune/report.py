@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import computed_field
 
+from llmprune.continuations import Continuations as Continuations
 from llmprune.pruning import MAX_POINTS as MAX_POINTS
 from llmprune.pruning import AllocationReport as AllocationReport
 from llmprune.pruning import BlockReport as BlockReport
@@ -30,6 +31,7 @@ from llmprune.speed import Latency as Latency
 from llmprune.speed import Part
 from llmprune.speed import Speed as Speed
 from llmprune.structure import StructureReport as StructureReport
+from llmprune.task_report import TaskReport as TaskReport
 
 SCHEMA_VERSION = 1
 BROKEN_RATIO = 2.0
@@ -169,6 +171,7 @@ class Evaluation(Part):
     environment: Environment
     quality: tuple[Quality, ...]
     latency: Latency | None = None
+    tasks: TaskReport | None = None
 
 
 class Generated(Part):
@@ -369,6 +372,8 @@ class Report(Part):
     structure: StructureReport | None = None
     quality: tuple[Quality, ...]
     latency: Latency | None
+    continuations: Continuations | None = None
+    tasks: TaskReport | None = None
     benchmark: Benchmark | None = None
     stages: tuple[StageReport, ...]
     statistics: tuple[StatisticsReport, ...] = ()

@@ -1,4 +1,4 @@
-"""The stages ``dense`` and ``pruned``: perplexity of every text, divergence from the dense model, speed."""
+"""The stages ``dense`` and ``pruned``: perplexity of every text, divergence from the dense model, speed, continuations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.anatomy.blocks import Stack
+from llmprune.continuations import Continued
 from llmprune.engines.sharding import Shares
 from llmprune.events import Event, Progress, Stage, Warned
 from llmprune.hidden import HiddenStates
@@ -21,7 +22,9 @@ from llmprune.measure.latency import measure_speed
 from llmprune.measure.quality import Forward, Keep, against, as_events, mean_of, replay_head, score_text
 from llmprune.measure.quality import Scores as TextScores
 from llmprune.measure.streamed import NO_SPEED, is_streamed, score_streamed
-from llmprune.report import Quality, Speed
+from llmprune.measure.tasks import Tasks
+from llmprune.measure.writing import Prompts, write_all
+from llmprune.report import Quality, Speed, TaskReport
 from llmprune.spec import Offload
 
 
@@ -33,11 +36,15 @@ class Scores:
         quality: one for each text.
         speed: empty where none was asked for.
         hidden: of the dense model the head's inputs [N, S, H], by text and batch: its logits, at a fraction of their size.
+        written: after each prompt; empty where there was none.
+        tasks: None where there are none.
     """
 
     quality: tuple[Quality, ...]
     speed: tuple[Speed, ...]
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
+    written: tuple[Continued, ...] = ()
+    tasks: TaskReport | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Scoring:
         offload: where hidden states wait between blocks when the model is scored block by block.
         folder: the directory of their files.
         shares: of several processes what this one does: some of the windows. None where it is alone.
+        tokenizer: of the text that it goes on with, and of the tasks.
+        prompts: what it is to go on with.
+        tasks: what it is to be examined in.
     """
 
     model: PreTrainedModel
@@ -60,6 +70,14 @@ class Scoring:
     offload: Offload = "auto"
     folder: Path | None = None
     shares: Shares | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    prompts: Prompts | None = None
+    tasks: Tasks | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the model is too large to be run as a whole."""
+        return is_streamed(self.model, self.stack, self.device)
 
     @property
     def num_windows(self) -> int:
@@ -72,7 +90,9 @@ class Scoring:
         quality: list[Quality] = []
         hidden: dict[str, Tensor] = {}
         speed: tuple[Speed, ...] = ()
-        streamed = is_streamed(self.model, self.stack, self.device)
+        written: tuple[Continued, ...] = ()
+        tasks: TaskReport | None = None
+        streamed = self.streamed
         with nullcontext() if streamed else dispatched(self.model, self.device):
             for number, text in enumerate(self.texts):
                 keep = None if dense else HiddenStates((), "disk" if self.offload == "disk" else "device", self.folder)
@@ -93,7 +113,12 @@ class Scoring:
             elif self.prompt_1S is not None:
                 yield Progress(stage=stage, done=self.num_windows, total=self.num_windows, detail="latency")
                 speed = measure_speed(self.model, self.prompt_1S)
-        return Scores(tuple(quality), speed, hidden)
+            if self.prompts is not None and self.tokenizer is not None and not streamed:
+                yield Progress(stage=stage, done=self.num_windows, total=self.num_windows, detail="continuations")
+                written = write_all(self.model, self.tokenizer, self.prompts)
+            if self.tasks is not None and self.tokenizer is not None and not streamed:
+                tasks = yield from self.tasks.run(self.model, self.tokenizer, stage, self.num_windows)
+        return Scores(tuple(quality), speed, hidden, written, tasks)
 
     def _score(
         self, ids_NS: Tensor, reference: Forward | None, keep: Keep | None, *, streamed: bool

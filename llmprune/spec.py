@@ -7,6 +7,7 @@ Torch-free.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -54,6 +55,8 @@ MAX_EXACT_BLOCK = 1024
 MAX_EXHAUSTIVE_BLOCK = 22
 """Weights of a block of which all choices are tried."""
 MAX_MIXED_SPARSITY = 0.75
+_TASK = re.compile(r"\w[\w.:+*-]*", re.ASCII)
+"""A task's name, or a glob of them; never a path, of which the harness would run the code."""
 
 
 _MIXED: dict[Export, tuple[Pattern, ...]] = {
@@ -76,7 +79,21 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _as_task_names(value: Any) -> Any:
+    """Commas part names, alone and in a list."""
+    names = _as_tuple(value)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return names  # pydantic says what it wants
+    found = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    if wrong := next((name for name in found if not _TASK.fullmatch(name)), None):
+        raise ConfigError(
+            f"{wrong!r} is no name of a task. Name tasks as hellaswag,piqa; files of your own go into --tasks-path."
+        )
+    return tuple(dict.fromkeys(found))
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+TaskNames = Annotated[tuple[str, ...], BeforeValidator(_as_task_names)]
 
 
 class PruneConfig(BaseModel):
@@ -169,6 +186,20 @@ class PruneConfig(BaseModel):
         None, description="Evaluate on at most this many tokens of each text; published protocols use all."
     )
     latency: bool = Field(True, description="Measure prefill and decode speed, dense and pruned.")
+    prompt: Names | None = Field(
+        None,
+        description="Texts that both models go on with, side by side in the report. Default: four short ones.",
+    )
+    tasks: TaskNames = Field(
+        (), description="Zero-shot tasks of lm-evaluation-harness (the extra 'tasks'), e.g. hellaswag,piqa, dense and pruned."
+    )
+    tasks_path: str | None = Field(None, description="Directory of tasks of your own: YAML files as the harness takes them.")
+    task_limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Run only so many examples of each task: for trying, as the scores are no longer comparable."
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Examples shown before each question of a task. Default: the task's own number, mostly 0."
+    )
     permute: bool = Field(
         False,
         description="n:m patterns: reorder channels inside MLPs and heads so that the pattern keeps more; the model stays.",
@@ -306,6 +337,8 @@ class PruneConfig(BaseModel):
                 "reconstruct holds a part of the calibration batches out: it needs num_samples of at least 2 and a smaller "
                 f"batch_size, got {self.num_samples} and {self.batch_size}. Lower --batch-size or raise --num-samples."
             )
+        if not self.tasks and (idle := self._given(("tasks_path", "task_limit", "num_fewshot"))):
+            raise ConfigError(f"{idle[0]} is about tasks, and none is named. Add --tasks, or drop it.")
         if self.refine == "icbs":
             self._check_icbs()
         elif idle := self._given(name for name in type(self).model_fields if name.startswith("icbs_")):

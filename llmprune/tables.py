@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llmprune.console import printable
+from llmprune.console import print_tasks, printable
 from llmprune.io.render import NOTHING, count, duration, number, percent, rate, size, small
 from llmprune.methods import REFINED, Method
 from llmprune.report import Conversion, Evaluation, Fetched, Inspection, Plan, SiteInfo
@@ -70,7 +70,10 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             printable(item.text.source), str(item.text.seq_len), number(item.perplexity_pruned),
             number(item.perplexity_dense), small(item.kl), percent(item.top1_agreement),
         )  # fmt: skip
-    console.print(table)
+    if evaluation.quality:
+        console.print(table)
+    if evaluation.tasks:
+        print_tasks(evaluation.tasks, console)
     for speed in evaluation.latency.pruned if evaluation.latency else ():
         what = f"{speed.num_tokens} tokens, batch {speed.batch_size}"
         console.print(f"{speed.phase}: {rate(speed.tokens_per_second)} tokens/s ({what})")

@@ -14,7 +14,7 @@ from families import FAMILIES, _fill_weights_
 
 WORDS = ("the", "model", "of", "a", "small", "sparse", "network", "prunes", "its", "weight", "and", "then", "keeps", "what")
 VOCAB_SIZE = 128
-QUICK: dict[str, Any] = {"num_samples": 4, "seq_len": 32, "max_eval_tokens": 512, "latency": False}
+QUICK: dict[str, Any] = {"num_samples": 4, "seq_len": 32, "max_eval_tokens": 512, "latency": False, "prompt": ()}
 """Overrides of PruneConfig that keep a job on a tiny model under a second."""
 
 

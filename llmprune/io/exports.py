@@ -102,10 +102,20 @@ def summary_csv(report: Report) -> str:
         "llmprune": report.environment.llmprune,
         "out": report.out,
     }
+    writing = report.continuations
+    row |= {"writing": writing.verdict.status if writing else None}
+    for kind, written in (("dense", writing.diversity_dense), ("pruned", writing.diversity_pruned)) if writing else ():
+        if written:
+            row |= {f"distinct_2_{kind}": written.distinct_2, f"repeated_{kind}": written.repeated}
     for item in report.quality:
         name = item.text.source
         row |= {f"perplexity_dense {name}": item.perplexity_dense, f"perplexity_pruned {name}": item.perplexity_pruned}
         row |= {f"kl {name}": item.kl}
+    for score in report.tasks.scores if report.tasks else ():
+        for kind, value, stderr in (
+            ("dense", score.dense, score.dense_stderr), ("pruned", score.pruned, score.pruned_stderr)
+        ):  # fmt: skip
+            row |= {f"{score.task} {score.metric} {kind}": value, f"{score.task} {score.metric} {kind} stderr": stderr}
     for speeds, kind in ((report.latency.dense, "dense"), (report.latency.pruned, "pruned")) if report.latency else ():
         row |= {f"{item.phase}_tokens_per_second_{kind} batch {item.batch_size}": item.tokens_per_second for item in speeds}
     return to_csv([row])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from llmprune.task_report import TaskScore
+
 NOTHING = "\N{EN DASH}"
 
 
@@ -76,3 +78,17 @@ def size(num_bytes: int | None) -> str:
     while amount >= 1024 and unit != "TiB":
         amount, unit = amount / 1024, next(units)
     return f"{num_bytes} B" if unit == "B" else f"{amount:.2f} {unit}"
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """A score with its standard error: ``0.4512 ± 0.0050``."""
+    if value is None or stderr is None or not math.isfinite(stderr):
+        return number(value, 4)
+    return f"{number(value, 4)} ± {number(stderr, 4)}"
+
+
+def change_of(score: TaskScore) -> str:
+    """Pruned minus dense; ``~`` marks a change within two standard errors."""
+    if score.change is None or not math.isfinite(score.change):
+        return number(score.change)
+    return f"{'~' if score.is_clear is False else ''}{score.change:+.4f}"

@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmprune.io.course import recovery_line, refinement_line
 from llmprune.io.formats import NOTHING as NOTHING
 from llmprune.io.formats import brief as brief
+from llmprune.io.formats import change_of as change_of
 from llmprune.io.formats import count as count
 from llmprune.io.formats import duration as duration
 from llmprune.io.formats import number as number
@@ -32,6 +33,7 @@ from llmprune.io.formats import size as size
 from llmprune.io.formats import small as small
 from llmprune.io.formats import target_percent as target_percent
 from llmprune.io.formats import times as times
+from llmprune.io.formats import with_error as with_error
 from llmprune.io.grid import MIN_COLOUR_RANGE, Grid, Group, Shade, expert_tokens, make_grid
 from llmprune.io.plots import standalone
 from llmprune.io.report_plots import plots_of
@@ -248,6 +250,8 @@ def render_card(report: Report, base_model: str, license: str | None) -> str:
             "device": "auto",
             "calibration": report.config.calibration and last_part(report.config.calibration),
             "eval": report.config.eval and tuple(map(last_part, report.config.eval)),
+            "prompt": None,
+            "tasks_path": report.config.tasks_path and last_part(report.config.tasks_path),
         }
     )
     template = _environment(html=False).get_template("model_card.md.j2")
@@ -322,7 +326,7 @@ def quoted(value: str) -> str:
 
 _FILTERS: tuple[Callable[..., Any], ...] = (
     percent, target_percent, recipe, number, times, small, rate, brief, count, duration, size, last_part, markdown, code,
-    code_block, quoted, how_measured, capitalized, data_url,
+    code_block, quoted, how_measured, capitalized, data_url, with_error, change_of,
 )  # fmt: skip
 
 

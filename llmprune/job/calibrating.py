@@ -18,6 +18,8 @@ from llmprune.hidden import Place
 from llmprune.io.text import TokenSet, load_calibration, load_evaluation
 from llmprune.job.state import JobState, config_fields
 from llmprune.measure.dispatch import dispatched
+from llmprune.measure.tasks import open_tasks
+from llmprune.measure.writing import Prompts, prepare_prompts
 from llmprune.methods import method_of
 from llmprune.processes import first_says
 from llmprune.spec import Need, Pattern
@@ -36,6 +38,8 @@ def calibrate(job: JobState) -> Iterator[Event]:
         job.texts.append(first_says(load) if job.shares else load())
         done = 1 + len(job.texts)
         yield Progress(stage="calibration", done=done, total=1 + len(job.eval_sources), detail=source)
+    job.prompts = job.agreed(partial(_prepare_prompts, job))
+    job.agreed(partial(_open_tasks, job))
     if job.calibration_source in job.eval_sources and Path(job.calibration_source).exists():
         yield job.warn(f"{job.calibration_source} serves for calibration and evaluation: the perplexity is optimistic.")
     if few := _too_few_tokens(job):
@@ -56,6 +60,16 @@ def _load_calibration(job: JobState) -> TokenSet:
 def _load_evaluation(job: JobState, source: str) -> TokenSet:
     assert job.tokenizer is not None
     return load_evaluation(source, job.tokenizer, seq_len=job.seq_len, max_tokens=job.config.max_eval_tokens)
+
+
+def _prepare_prompts(job: JobState) -> Prompts:
+    assert job.model is not None and job.tokenizer is not None
+    return prepare_prompts(job.model, job.tokenizer, job.config.prompt, name=job.model_report.name)
+
+
+def _open_tasks(job: JobState) -> None:
+    """The first of several processes alone runs them."""
+    job.tasks = open_tasks(job.config)
 
 
 def _too_few_tokens(job: JobState) -> str | None:

@@ -13,15 +13,19 @@ import transformers
 from transformers import PreTrainedModel
 
 from llmprune._version import __version__
+from llmprune.continuations import Continuations, Continued
 from llmprune.errors import ConfigError
 from llmprune.events import Event
 from llmprune.io.journal import Journal
 from llmprune.job.state import JobState
 from llmprune.measure.benchmark import benchmark_models
+from llmprune.measure.tasks import NOT_RUN
+from llmprune.measure.writing import NOT_WRITTEN
 from llmprune.packing import can_pack, pack_, packable, swap_, unpack_
 from llmprune.processes import first_says, wait_for_all
-from llmprune.report import Quality, Speed
+from llmprune.report import Quality, Speed, TaskReport
 from llmprune.scoring import Scores, Scoring
+from llmprune.task_report import side_by_side
 from llmprune.walking import own_place
 
 _DENSE = "dense"
@@ -45,6 +49,8 @@ def measure_dense(job: JobState) -> Iterator[Event]:
         job.dense = Scores(
             tuple(Quality.model_validate(item) for item in data["quality"]),
             tuple(Speed.model_validate(item) for item in data["speed"]),
+            written=tuple(Continued.model_validate(item) for item in data.get("written", ())),
+            tasks=TaskReport.model_validate(data["tasks"]) if data.get("tasks") else None,
         )
         yield clock.finished(data["seconds"])
         return
@@ -60,6 +66,8 @@ def measure_dense(job: JobState) -> Iterator[Event]:
             {
                 "quality": [item.model_dump(mode="json") for item in job.dense.quality],
                 "speed": [item.model_dump(mode="json") for item in job.dense.speed],
+                "written": [item.model_dump(mode="json") for item in job.dense.written],
+                "tasks": job.dense.tasks.model_dump(mode="json") if job.dense.tasks else None,
                 "seconds": clock.seconds,
             },
             {_HIDDEN: dict(job.dense.hidden)},
@@ -93,6 +101,8 @@ def _dense_place(job: JobState) -> Journal | None:
         "device": str(job.device),
         "streamed": job.streamed is not None,
         "prompt": job.calibration.report.sha256 if job.config.latency else None,
+        "continued": job.config.prompt,
+        "tasks": [job.config.tasks, job.config.tasks_path, job.config.task_limit, job.config.num_fewshot, job.config.seed],
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     place = Journal(job.dense_records / hashlib.sha256(json.dumps(same).encode()).hexdigest()[:32])
@@ -108,7 +118,24 @@ def measure_pruned(job: JobState) -> Iterator[Event]:
     place = _dense_place(job) or job.own
     dense = replace(job.dense, hidden=place.tensors(_DENSE, _HIDDEN)) if place else job.dense
     job.pruned = yield from job.noted(scoring.run("pruned", dense))
+    yield from _compare_writing(job, streamed=scoring.streamed)
+    if job.tasks and scoring.streamed:
+        yield job.warn(f"tasks were not run: {NOT_RUN}.")
+    job.scores = side_by_side(job.dense.tasks, job.pruned.tasks) if job.pruned.tasks else None
     yield clock.finished()
+
+
+def _compare_writing(job: JobState, *, streamed: bool) -> Iterator[Event]:
+    """Put what both models wrote side by side, with a warning where the pruned one no longer can."""
+    prompts = job.prompts
+    if not prompts.texts or not job.first:
+        return
+    job.continuations = Continuations(
+        prompts=prompts.texts, max_new_tokens=prompts.max_new_tokens, dense=job.dense.written, pruned=job.pruned.written,
+        skipped=NOT_WRITTEN if streamed else None,
+    )  # fmt: skip
+    if job.continuations.verdict.status == "degenerate":
+        yield job.warn(f"the pruned model {job.continuations.verdict.text[:1].lower()}{job.continuations.verdict.text[1:]}")
 
 
 def benchmark(job: JobState) -> Iterator[Event]:
@@ -140,4 +167,8 @@ def _scoring(job: JobState) -> Scoring:
     assert job.model is not None
     prompt_1S = job.calibration.ids_NS[:1] if job.config.latency and job.first else None
     folder = place.directory if (place := job.journal or job.own) else None
-    return Scoring(job.model, job.stack, job.texts, job.device, prompt_1S, job.config.offload, folder, job.shares)
+    prompts = job.prompts if job.prompts.texts and job.first else None
+    return Scoring(
+        job.model, job.stack, job.texts, job.device, prompt_1S, job.config.offload, folder, job.shares, job.tokenizer, prompts,
+        job.tasks,
+    )  # fmt: skip

@@ -78,6 +78,8 @@ def _report(job: JobState, checkpoint_bytes: int | None) -> Report:
         blocks=tuple(job.blocks),
         quality=job.pruned.quality,
         latency=latency,
+        continuations=job.continuations,
+        tasks=job.scores,
         stages=tuple(job.stages),
         statistics=tuple(job.statistics),
         num_zeros_model=_num_zeros(job),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.anatomy.blocks import Stack
 from llmprune.anatomy.sites import Site, select
+from llmprune.continuations import Continuations
 from llmprune.engines.sharding import Shares
 from llmprune.events import Event, Stage, Warned
 from llmprune.io.journal import Journal
@@ -20,6 +21,8 @@ from llmprune.io.models import Source
 from llmprune.io.statistics import Statistics
 from llmprune.io.streaming import StreamedBlocks
 from llmprune.io.text import TokenSet
+from llmprune.measure.tasks import Tasks
+from llmprune.measure.writing import Prompts
 from llmprune.processes import first_says
 from llmprune.report import (
     AllocationReport,
@@ -32,6 +35,7 @@ from llmprune.report import (
     StageReport,
     StatisticsReport,
     StructureReport,
+    TaskReport,
 )
 from llmprune.scoring import Scores
 from llmprune.spec import PruneConfig
@@ -77,6 +81,9 @@ class JobState:
     allocation: AllocationReport | None = None
     refinement: RefinementReport | None = None
     structure: StructureReport | None = None
+    continuations: Continuations | None = None
+    tasks: Tasks | None = None
+    scores: TaskReport | None = None
     packed: Packed | None = None
     benchmark: Benchmark | None = None
     report: Report | None = None
@@ -94,6 +101,7 @@ class JobState:
     model_report: ModelReport = field(init=False)
     calibration: TokenSet = field(init=False)
     texts: list[TokenSet] = field(init=False)
+    prompts: Prompts = field(init=False)
     batch_size: int = field(init=False)
     fingerprint: dict[str, Any] = field(init=False)
     # From the stages that find them on.

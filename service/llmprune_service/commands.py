@@ -6,7 +6,8 @@ from typing import Any
 
 from llmprune.spec import PruneConfig
 
-_FETCHED = ("model", "revision", "calibration", "eval")
+_MAY_BE_NONE = ("eval", "prompt")
+_FETCHED = ("model", "revision", "calibration", "eval", "tasks", "tasks_path")
 
 
 def arguments(config: PruneConfig) -> list[str]:
@@ -30,7 +31,7 @@ def _arguments(fields: dict[str, Any], model: str) -> list[str]:
         elif value is True:
             options.append(option)
         elif isinstance(value, list):
-            options += [f"{option}={item}" for item in value] or (["--no-eval"] if name == "eval" else [])
+            options += [f"{option}={item}" for item in value] or ([f"--no-{name}"] if name in _MAY_BE_NONE else [])
         elif not (name == "sparsity" and ":" in fields.get("pattern", "")):  # the pattern fixes it
             options.append(f"{option}={value}")
     return options

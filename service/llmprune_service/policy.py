@@ -21,6 +21,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 _MAX_STRING = 4096
 _MAX_TEXTS = 16
 _MAX_GLOBS = 64
+_MAX_PROMPTS = 16
+_MAX_TASKS = 16
 _MAX_GLOB = 200
 _HUB_TEXTS = ("c4", "wikitext2", "ptb")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -126,6 +128,12 @@ def _limits(request: JobRequest, settings: Settings) -> Iterator[tuple[str, str]
         yield "/timeout_s", f"At most {settings.max_timeout_s} seconds."
     if len(request.skip) > _MAX_GLOBS:
         yield "/skip", f"At most {_MAX_GLOBS} globs, got {len(request.skip)}."
+    if request.tasks_path is not None:
+        yield "/tasks_path", "Tasks may bring code, and none of a client's runs here. Name tasks of lm-evaluation-harness."
+    if len(request.tasks) > _MAX_TASKS:
+        yield "/tasks", f"At most {_MAX_TASKS} tasks, got {len(request.tasks)}."
+    if len(request.prompt or ()) > _MAX_PROMPTS:
+        yield "/prompt", f"At most {_MAX_PROMPTS} prompts, got {len(request.prompt or ())}."
     for index, glob in enumerate(request.skip[:_MAX_GLOBS]):
         if len(glob) > _MAX_GLOB:
             yield f"/skip/{index}", f"At most {_MAX_GLOB} characters, got {len(glob)}."

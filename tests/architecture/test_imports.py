@@ -15,7 +15,7 @@ LIBRARY = ROOT / "llmprune"
 RANKS = {
     "_version": 0, "efforts": 0, "errors": 0, "registration": 0, "patterns": 1, "speed": 1, "spec": 2,
     "pruning": 2, "structure": 2, "recovery_spec": 3, "sweep_spec": 3, "report": 4, "sweep_report": 4, "events": 5,
-    "processes": 1, "launching": 2,
+    "processes": 1, "launching": 2, "continuations": 2, "task_report": 2,
     "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "stats": 5, "devices": 5, "solvers": 5, "hidden": 5,
     "methods": 6, "allocate": 6, "anatomy": 6, "memory": 7, "packing": 7, "stages": 7, "structured": 7,
     "engines": 8, "measure": 9, "io": 9,
@@ -34,6 +34,7 @@ TORCH_FREE = (
     "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",
     "io/structure_text", "io/scale", "io/pareto", "processes", "launching",
     "cli_report", "io/exports", "io/formats", "io/grid", "io/plots", "io/report_plots",
+    "cli_report", "io/exports", "continuations", "task_report",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ COMMANDS = (
     "benchmark", "compare", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune", "recover",
     "report", "sweep",
 )  # fmt: skip
-QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency")
+QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency", "--no-prompt")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -153,7 +153,7 @@ def test_events_on_stdout_are_json_lines_only(
     assert outcome.code == 0
     events = [parse_event(line) for line in outcome.out.splitlines()]
     assert len(events) > 20 and isinstance(events[-1], Finished)
-    outcome = cli("evaluate", tmp_path / "out", "--events", "-", *quick[2:4], *QUICK[2:])
+    outcome = cli("evaluate", tmp_path / "out", "--events", "-", *quick[2:4], *QUICK[2:-1])
     assert outcome.code == 0
     events = [parse_event(line) for line in outcome.out.splitlines()]
     assert len(events) > 2 and isinstance(events[-1], Evaluated)
@@ -210,7 +210,7 @@ def test_reports_in_other_formats(cli: Cli, tiny_model_dir: Path, quick: tuple[o
 
 def test_evaluate_prints_a_table_or_one_object(cli: Cli, pruned: Path, tiny_model_dir: Path, quick: tuple[object, ...]) -> None:
     """Alone a perplexity; with --against the divergence as well."""
-    options = (*quick[2:4], *QUICK[2:])
+    options = (*quick[2:4], *QUICK[2:-1])
     outcome = cli("evaluate", pruned, *options)
     assert outcome.code == 0 and "perplexity" in outcome.out
     outcome = cli("evaluate", pruned, "--against", tiny_model_dir, "--json", *options)
@@ -230,9 +230,9 @@ def test_evaluate_measures_speed_unless_told_not_to(cli: Cli, pruned: Path, quic
 
 def test_plan_prints_a_table_or_one_object(cli: Cli, tiny_model_dir: Path, quick: tuple[object, ...]) -> None:
     """Plan in words and as JSON."""
-    outcome = cli("plan", tiny_model_dir, *quick[:-1])
+    outcome = cli("plan", tiny_model_dir, *quick[:-2])
     assert outcome.code == 0 and "CPU memory" in outcome.out
-    outcome = cli("plan", tiny_model_dir, "--json", *quick[:-1])
+    outcome = cli("plan", tiny_model_dir, "--json", *quick[:-2])
     assert outcome.code == 0
     assert Plan.model_validate_json(outcome.out).num_sites == 14
 

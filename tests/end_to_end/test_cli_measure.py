@@ -172,7 +172,7 @@ def test_control_characters_do_not_reach_the_terminal(cli: Cli, tiny_model_dir: 
     def hostile(*_: Any, **__: Any) -> str:
         return "a\x1b[2Jb\n\tc\x07"
 
-    monkeypatch.setattr(module, "_text_after", hostile)
+    monkeypatch.setattr(module, "text_after", hostile)
     outcome = cli("generate", tiny_model_dir, "-p", "the", "-n", 1, "--device", "cpu")
     assert outcome.code == 0, outcome.err
     assert outcome.out == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}\n"

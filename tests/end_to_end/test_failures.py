@@ -29,7 +29,7 @@ from llmprune.events import Event, Failed, StageStarted, parse_event
 from llmprune.io.journal import Journal
 
 Cli = Callable[..., Any]
-QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency")
+QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency", "--no-prompt")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def arguments(job: dict[str, Any], out: Path, *more: str) -> list[str]:
     """The command line of the job."""
     given = {name: value for name, value in job.items() if name not in ("model", "latency")}
     options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return ["prune", job["model"], "--out", str(out), "--no-latency", *options, *more]
+    return ["prune", job["model"], "--out", str(out), "--no-latency", "--no-prompt", *options, *more]
 
 
 def _accelerate(argv: list[str], log: str) -> None:

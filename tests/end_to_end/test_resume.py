@@ -72,7 +72,7 @@ def arguments(model_dir: Path, texts: dict[str, Any], out: Path, method: str, *m
     """The command line of a job, with its events going to a file beside ``out``."""
     return [
         "prune", str(model_dir), "--out", str(out), "--method", method, "--calibration", texts["calibration"], "--eval",
-        texts["eval"], "--num-samples", "4", "--seq-len", "32", "--max-eval-tokens", "512", "--no-latency",
+        texts["eval"], "--num-samples", "4", "--seq-len", "32", "--max-eval-tokens", "512", "--no-latency", "--no-prompt",
         "--events", str(out.parent / "events.jsonl"), "--resume", *more,
     ]  # fmt: skip
 

@@ -389,6 +389,7 @@ def test_the_command_line_says_what_was_reused(
         "--seq-len",
         32,
         "--no-latency",
+        "--no-prompt",
     )
     for number, more in enumerate(((), (), ("--no-statistics-cache",))):
         outcome = cli("prune", tiny_model_dir, "--out", tmp_path / str(number), *options, *more)

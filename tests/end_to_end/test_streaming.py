@@ -99,7 +99,7 @@ def test_killed_and_resumed(moment: Callable[[Event], bool], model_dir: Path, jo
     llmprune.prune(model_dir, out=tmp_path / "whole", offload="disk", method="sparsegpt", **job)
     argv = ["prune", str(model_dir), "--method", "sparsegpt", "--offload", "disk", "--out", str(tmp_path / "out")]
     argv += ["--calibration", job["calibration"], "--eval", job["eval"][0], "--num-samples", "4", "--seq-len", "32"]
-    argv += ["--max-eval-tokens", "512", "--no-latency", "--events", str(tmp_path / "events")]
+    argv += ["--max-eval-tokens", "512", "--no-latency", "--no-prompt", "--events", str(tmp_path / "events")]
     code, _ = run(argv, moment)
     assert code == -9 and (tmp_path / "out.work" / "block-00000").is_dir()
     code, events = run([*argv, "--resume"])

@@ -271,7 +271,7 @@ def test_a_killed_search_goes_on_to_the_same_bytes(
     options = {**{name: value for name, value in job.items() if name not in ("model", "latency")}, **TYR, "sparsity": 0.25}
     given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     events = ["--events", str(tmp_path / "events.jsonl")]
-    argv = ["prune", job["model"], "--out", str(out), "--no-latency", "--resume", *given, *events]
+    argv = ["prune", job["model"], "--out", str(out), "--no-latency", "--no-prompt", "--resume", *given, *events]
     rng = random.Random(2)
     number, delay = rng.randrange(1, 4), rng.choice([0, 0.002])
 

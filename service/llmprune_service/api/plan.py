@@ -21,6 +21,8 @@ from llmprune_service.settings import Settings
 
 _SECONDS = 60.0
 _AT_ONCE = 2
+_NOT_PLANNED = {"latency", "prompt", "tasks", "tasks_path", "task_limit", "num_fewshot"}
+"""What `llmprune plan` takes no option for."""
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _PATH = re.compile(r"(?<![\w/])/[^\s'\",;:)]+")
 
@@ -52,7 +54,7 @@ class Planner:
 
     def _run(self, config: PruneConfig, revision: str | None) -> Outcome:
         """The child works in an empty directory on the disk the job would use, and is told of no secret."""
-        asked = config.model_dump(exclude_unset=True, exclude={"latency"}) | {"revision": revision}
+        asked = config.model_dump(exclude_unset=True, exclude=_NOT_PLANNED) | {"revision": revision}
         command = [str(self._settings.job_python), "-P", "-m", "llmprune", "plan", "--json", *arguments(PruneConfig(**asked))]
         with tempfile.TemporaryDirectory(dir=self._settings.data_dir, prefix="plan-") as folder:
             environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
