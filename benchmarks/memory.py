@@ -28,7 +28,7 @@ from llmprune.report import Plan, Report
 NUM_SAMPLES, SEQ_LEN = 64, 512
 CASES = {
     "wanda, two-pass": ["--method", "wanda"],
-    "wanda, staged": ["--method", "wanda", "--sequential", "group", "--batch-size", "4"],
+    "wanda, one-pass in batches": ["--method", "wanda", "--sequential", "group", "--batch-size", "4"],
     "wanda, one-pass": ["--method", "wanda", "--sequential", "group", "--batch-size", str(NUM_SAMPLES)],
     "sparsegpt, two-pass": ["--method", "sparsegpt"],
 }

@@ -61,16 +61,16 @@ def forward_seconds(model: PreTrainedModel, ids_NS: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def prune_seconds(fields: dict[str, Any], ids_NS: torch.Tensor, one_batch: bool) -> float:
+def prune_seconds(fields: dict[str, Any], ids_NS: torch.Tensor, pausing: bool) -> float:
     """Recording and walk on a fresh copy of the model; loading and probing are not counted."""
     model = medium_llama(ids_NS.device)
     stack = probe(model, find_stack(model), ids_NS[:1, :16])
     _synchronize(ids_NS.device)
     begun = time.perf_counter()
-    batches = list(ids_NS.split(len(ids_NS) if one_batch else _staged(ids_NS)))
+    batches = list(ids_NS.split(len(ids_NS) if pausing and ids_NS.device.type != "cpu" else _staged(ids_NS)))
     recording = record(model, stack, batches)
     with eager_experts(model):
-        for _ in Walk(stack, recording, PruneConfig(**fields), ids_NS.device).run():
+        for _ in Walk(stack, recording, PruneConfig(**fields), ids_NS.device, pausing=pausing).run():
             pass
     _synchronize(ids_NS.device)
     return time.perf_counter() - begun
@@ -84,11 +84,11 @@ def run(console: Console, *, repeats: int = 2) -> dict[str, Any]:
     model = medium_llama(device)
     forward_seconds(model, ids_NS[:4])
     rows = []
-    for name, fields, one_batch, target in CASES:
+    for name, fields, pausing, target in CASES:
         pairs = []
         for _ in range(repeats):
             forward = forward_seconds(model, ids_NS)
-            pairs.append((prune_seconds(fields, ids_NS, one_batch), forward))
+            pairs.append((prune_seconds(fields, ids_NS, pausing), forward))
         ratio = statistics.median(prune / forward for prune, forward in pairs)
         rows.append(
             {

@@ -164,7 +164,7 @@ class PeakMemory:
         self._kept: tuple[int, int] = (0, 0)
         for other in self._open:
             other._kept = other.cpu_bytes, other.gpu_bytes or 0
-        _return_free_memory(collect=collect)
+        return_free_memory(collect=collect)
         self._resettable = _reset_peak_rss()
         if torch.accelerator.is_available():
             torch.accelerator.reset_peak_memory_stats()
@@ -190,7 +190,7 @@ class PeakMemory:
         return max(self._kept[1], int(torch.accelerator.max_memory_allocated())) if torch.accelerator.is_available() else None
 
 
-def _return_free_memory(*, collect: bool) -> None:
+def return_free_memory(*, collect: bool) -> None:
     """Give what the C allocator holds back to the system, so that one stage's leavings are not the next one's peak."""
     if collect:
         gc.collect()

@@ -56,6 +56,38 @@ def block_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_siz
     return live
 
 
+def paused_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_size: int, itemsize: int) -> int:
+    """What forwards over T tokens hold at most while all of them wait at one site of a block, T x itemsize x (3 H + the largest
+    sum of O over the sites of one module): the block's input, the residual and the module's input, and what its sites before
+    put out. Of a parameter's experts one is at work at a time.
+    """
+    widths: dict[str, int] = {}
+    for site in sites:
+        if site.expert in (None, 0):
+            module = site.name.rsplit(".", 1 if site.expert is None else 2)[0]
+            widths[module] = widths.get(module, 0) + site.shape[0]
+    return num_tokens * itemsize * (3 * hidden_size + max(widths.values(), default=0))
+
+
+def can_pause(
+    sites: Sequence[Site],
+    *,
+    num_samples: int,
+    batch_size: int,
+    seq_len: int,
+    hidden_size: int,
+    itemsize: int,
+    need: Need,
+    free_bytes: int,
+) -> bool:
+    """Whether half of what is free has room for all batches while they wait at a site, and for the work on one or the site."""
+    waiting = paused_bytes(sites, num_tokens=num_samples * seq_len, hidden_size=hidden_size, itemsize=itemsize)
+    one = block_activation_bytes(
+        sites, num_tokens=batch_size * seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need
+    )  # fmt: skip
+    return waiting + max(one, solve_bytes(sites, need)) <= free_bytes // 2
+
+
 def tuning_activation_bytes(sites: Sequence[Site], *, num_tokens: int, hidden_size: int, itemsize: int) -> int:
     """What a block's forward over T tokens keeps for its backward: input and output of every product, of two experts of
     each parameter, and as much again for the functions between them; the residual in fp32 beside its target.
@@ -142,8 +174,8 @@ def choose_batch_size(
     tuned_sites: Sequence[Site] = (),
     hidden_here: bool = True,
 ) -> int:
-    """Calibration sequences per forward: all of them where one pass is wanted and fits in half of what is free, else as
-    many as keep the block's activations below the hidden states of the calibration set.
+    """Calibration sequences per forward: all of them where one pass is wanted and fits in half of what is free, on a CPU as
+    many as its caches like; else as many as keep the block's activations below the hidden states of the calibration set.
 
     With ``tuned_sites``, those of the largest block that is to be reconstructed, there is room for its tuning too, and at
     least RECONSTRUCTION_BATCHES batches where there are as many sequences. Without ``hidden_here`` the hidden states wait in
@@ -152,11 +184,11 @@ def choose_batch_size(
     activations = block_activation_bytes(sites, num_tokens=seq_len, hidden_size=hidden_size, itemsize=itemsize, need=need)
     hidden = num_samples * seq_len * hidden_size * itemsize
     budget = free_bytes // 2 - 2 * hidden - solve_bytes(sites, need)
+    tokens = CPU_STAGED_TOKENS if on_cpu else STAGED_TOKENS
     if one_pass and not tuned_sites and num_samples * activations <= budget:
-        return num_samples
+        return max(1, min(num_samples, tokens // seq_len)) if on_cpu else num_samples
     if not hidden_here:  # a single batch is here all the same
         budget += 2 * hidden
-    tokens = CPU_STAGED_TOKENS if on_cpu else STAGED_TOKENS
     staged = max(1, min(num_samples, tokens // seq_len, hidden // activations, budget // activations))
     if not tuned_sites:
         return staged

@@ -210,6 +210,10 @@ class _Planner:
             + self._activations(batch_size * self.seq_len)
             + memory.solve_bytes(self.sites, self.need)
         )
+        if self._walk(batch_size) == "one-pass" and batch_size < config.num_samples:
+            pruning += memory.paused_bytes(
+                self.sites, num_tokens=tokens, hidden_size=self.text_config.hidden_size, itemsize=self.itemsize
+            )
         tuning, tuning_bytes = 0.0, 0
         if config.reconstruct:
             # A backward costs two forwards; the dense hidden states go on once, held-out batches a few times.
@@ -360,7 +364,7 @@ class _Planner:
             self.sites, num_samples=num_samples, seq_len=self.seq_len, hidden_size=self.text_config.hidden_size,
             itemsize=self.itemsize, need=Need.GRAM if self.config.sequential == "none" else self.need,
             one_pass=self.config.sequential == "group",
-            free_bytes=free_bytes(self.device) - (self._held_weights if self.device.type == "cpu" else 0),
+            free_bytes=self._free_bytes,
             on_cpu=self.device.type == "cpu", tuned_sites=self.tuned_sites,
         )  # fmt: skip
 
@@ -371,7 +375,18 @@ class _Planner:
             return "two-pass"
         if self.config.sequential == "none":
             return "dense"
-        return "one-pass" if batch_size >= self.config.num_samples else "staged"
+        return "one-pass" if batch_size >= self.config.num_samples or self._can_pause(batch_size) else "staged"
+
+    def _can_pause(self, batch_size: int) -> bool:
+        return not self.config.reconstruct and memory.can_pause(
+            self.sites, num_samples=self.config.num_samples, batch_size=batch_size, seq_len=self.seq_len,
+            hidden_size=self.text_config.hidden_size, itemsize=self.itemsize, need=self.need, free_bytes=self._free_bytes,
+        )  # fmt: skip
+
+    @property
+    def _free_bytes(self) -> int:
+        """Where blocks compute, beside the weights."""
+        return free_bytes(self.device) - (self._held_weights if self.device.type == "cpu" else 0)
 
     def _activations(self, num_tokens: int) -> int:
         return memory.block_activation_bytes(

@@ -2,9 +2,10 @@
 
 Four walks, chosen by ``sequential`` and by what fits in memory:
 
-- one-pass (``group``, all sequences in one batch): a site is pruned at the moment its whole input is there, so ONE
-  forward per block both prunes it and gives the next block's inputs;
-- staged (``group``, several batches): one partial forward per group of sites that share an input, then one full forward;
+- one-pass (``group``): a site is pruned at the moment its whole input is there, so ONE forward per block both prunes it and
+  gives the next block's inputs; the forward of every batch waits at the site until those of all others have come as far;
+- staged (``group``, where there is no room for the activations of all batches at once): one partial forward per group of sites
+  that share an input, then one full forward;
 - two-pass (``block``): one forward of the dense block, as far as its last site's input, collects everything, a second one
   propagates;
 - dense (``none``): one forward of the dense block collects everything and its outputs go on, so that all statistics are those
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from llmprune.anatomy.blocks import Recording, Stack
 from llmprune.anatomy.sites import Site, select, write_
 from llmprune.anatomy.watch import SharedInputs, Watcher
-from llmprune.devices import module_device
+from llmprune.devices import module_device, return_free_memory
 from llmprune.engines.permute import permute_
 from llmprune.engines.reconstruct import reconstruct_
 from llmprune.engines.sharding import Shares
@@ -43,6 +44,7 @@ from llmprune.methods import METHODS, get_method
 from llmprune.report import BlockReport, Permutation, Reconstruction, SiteReport
 from llmprune.spec import Need, PruneConfig, Target
 from llmprune.stats import LinearStats, ServingStats
+from llmprune.turns import Turns
 
 WalkEvent = BlockStarted | Progress | SitePruned | BlockFinished | Warned
 
@@ -88,6 +90,7 @@ class Walk:
         shares: of several processes that walk together what this one does; None where it is alone.
         parts: of several processes that reconstruct, for each batch of all sequences which of this one's batches is its part
             of it, None where it has none.
+        pausing: whether there is room for the activations of all batches while they wait at a site.
         needs: the statistics that are collected, the method's own unless more is asked for.
         statistics: where those of the dense model's blocks may be found, and are put; only for a walk that meets dense blocks.
     """
@@ -100,6 +103,7 @@ class Walk:
     supports: Mapping[str, Tensor] = field(default_factory=dict)
     shares: Shares | None = None
     parts: Sequence[int | None] | None = None
+    pausing: bool = True
     hidden: HiddenStates = field(init=False)
     dense: HiddenStates = field(init=False)
 
@@ -121,7 +125,7 @@ class Walk:
             return "dense"
         if self.config.sequential == "block":
             return "two-pass"
-        return "one-pass" if len(self.hidden) == 1 and self.shares is None else "staged"
+        return "one-pass" if self.shares is None and not self.dense and (self.pausing or len(self.hidden) == 1) else "staged"
 
     def carries(self, index: int) -> bool:
         """Whether ``hidden`` holds what block ``index`` takes in, once those before it are done: not where the statistics of
@@ -275,26 +279,55 @@ class Walk:
         return [report.model_copy(update={"num_zeros": zeros[report.name], **unknown}) for report in reports], whole
 
     def _one_pass(self, index: int, block: nn.Module, sites: Sequence[Site]) -> list[SiteReport]:
+        """Prune every site at the moment its whole input is there: when the forwards of all batches wait at its product.
+
+        Where batches part ways, as tokens do that go to different experts, the sites that are left are pruned in stages.
+        """
         pending = {site.name: site for site in sites}
-        reports = []
-        shared: SharedInputs[LinearStats] = SharedInputs()
+        found: dict[str, LinearStats] = {}
+        reports: list[SiteReport] = []
+        stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
 
-        def on_input(site: Site, x_TI: Tensor) -> None:
-            if site.name not in pending:
-                return
-            stats = shared.get(x_TI)
-            if stats is None:
-                stats = LinearStats(site.shape[1], self.needs, x_TI.device)
-                stats.update(x_TI)
-                shared.put(x_TI, stats)
-            reports.append(self._prune(pending.pop(site.name), stats))
+        def prune(name: str) -> None:
+            reports.append(self._prune(pending.pop(name), found.pop(name)))
 
-        with Watcher(sites, on_input):
-            output_NSH = self._forward(index, block, 0)
-        reports += [self._prune(site, None) for site in pending.values()]
-        if any(site.expert is None for site in pending.values()):  # used in a way that was not seen: outputs are stale
-            output_NSH = self._forward(index, block, 0)
-        self._keep(index, 0, output_NSH)
+        def forward(batch: int, wait: Callable[[str], None]) -> Tensor:
+            shared: SharedInputs[LinearStats] = SharedInputs()
+
+            def on_input(site: Site, x_TI: Tensor) -> None:
+                if site.name not in pending:
+                    return
+                stats, own = shared.get(x_TI), found.get(site.name)
+                if stats is None or (own is not None and own is not stats):
+                    stats = own or LinearStats(site.shape[1], self.needs, x_TI.device)
+                    stats.update(x_TI)
+                    shared.put(x_TI, stats)
+                found[site.name] = stats
+                wait(site.name)
+
+            if stream is not None:  # a thread begins with the default one
+                torch.accelerator.set_stream(stream)
+            with torch.no_grad(), Watcher(sites, on_input):
+                return self._forward(index, block, batch)
+
+        if len(self.hidden) == 1:
+            outputs = [forward(0, prune)]
+        else:
+            with Turns([partial(forward, batch) for batch in range(len(self.hidden))]) as turns:
+                while len(waiting := set(turns.go_on())) == 1 and (name := waiting.pop()) is not None:
+                    return_free_memory(collect=False)  # the C allocator keeps what a thread freed for that thread
+                    prune(name)
+                outputs = [] if waiting else [turns.take(batch) for batch in range(len(self.hidden))]
+        parted = not outputs
+        if parted:
+            reports += self._prune_in_stages(index, block, list(pending.values()))
+        else:
+            reports += [self._prune(site, None) for site in pending.values()]
+        if parted or any(site.expert is None for site in pending.values()):  # or used in a way that was not seen
+            self.advance(index, block)
+            return reports
+        for batch in range(len(outputs)):
+            self._keep(index, batch, outputs.pop(0))
         return reports
 
     def collect(

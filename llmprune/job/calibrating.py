@@ -104,6 +104,21 @@ def _choose_batch_size(job: JobState) -> int:
     )
 
 
+def can_pause(job: JobState) -> bool:
+    """Whether there is room for all batches of the walk to wait at a site at once."""
+    assert job.model is not None
+    return memory.can_pause(
+        [site for sites in job.stack.sites for site in sites],
+        num_samples=job.config.num_samples,
+        batch_size=job.batch_size,
+        seq_len=job.seq_len,
+        hidden_size=job.model.config.get_text_config().hidden_size,
+        itemsize=job.model.dtype.itemsize,
+        need=method_of(job.config).needs,
+        free_bytes=free_bytes(job.device),
+    )
+
+
 def hidden_place(job: JobState) -> Place:
     """Where hidden states wait between blocks; on a CPU its memory is the device."""
     assert job.model is not None

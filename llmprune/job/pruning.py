@@ -15,7 +15,7 @@ from llmprune.engines.sharding import Shares
 from llmprune.events import BlockFinished, Event, Progress, Warned
 from llmprune.hidden import HiddenStates
 from llmprune.io.statistics import Statistics, statistics_of
-from llmprune.job.calibrating import hidden_place
+from llmprune.job.calibrating import can_pause, hidden_place
 from llmprune.job.loading import probed
 from llmprune.job.state import JobState
 from llmprune.methods import method_of
@@ -81,7 +81,9 @@ def prune(job: JobState) -> Iterator[Event]:
     known = statistics is not None and statistics.complete(start)  # then no block has to run
     recording = Recording() if known else _recording(job)
     targets = targets_of_sites(job.config, job.allocation)
-    walk = Walk(job.stack, recording, config, job.device, targets, shares=job.shares, parts=_batches(job)[1])
+    walk = Walk(
+        job.stack, recording, config, job.device, targets, shares=job.shares, parts=_batches(job)[1], pausing=can_pause(job)
+    )
     walk.statistics = statistics
     job.walk_kind = walk.kind
     journaled = JournaledWalk(job.model, walk, job.journal, own=job.own)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "llmprune"
 # Rank of each module or folder; a module may import what ranks lower, or its own folder.
 RANKS = {
-    "_version": 0, "efforts": 0, "errors": 0, "registration": 0, "patterns": 1, "speed": 1, "spec": 2,
+    "_version": 0, "efforts": 0, "turns": 0, "errors": 0, "registration": 0, "patterns": 1, "speed": 1, "spec": 2,
     "pruning": 2, "structure": 2, "recovery_spec": 3, "sweep_spec": 3, "report": 4, "sweep_report": 4, "events": 5,
     "processes": 1, "launching": 2, "continuations": 2, "task_report": 2,
     "linalg": 4, "terminal": 4, "masks": 4, "channels": 5, "stats": 5, "devices": 5, "solvers": 5, "hidden": 5,

@@ -380,7 +380,7 @@ def test_nan_in_the_weights_names_the_block(refused: Refused, model_dir: Path, v
 
 
 @pytest.mark.parametrize(
-    "walk", [{"sequential": "group"}, {"sequential": "group", "batch_size": 1}, {}], ids=["one-pass", "staged", "two-pass"]
+    "walk", [{"sequential": "group"}, {"sequential": "group", "batch_size": 1}, {}], ids=["one batch", "batches", "two-pass"]
 )
 def test_overflow_in_a_block_names_it(refused: Refused, model_dir: Path, tmp_path: Path, walk: dict[str, Any]) -> None:
     """Finite weights, infinite outputs: stops at that block, and leaves no journal that another config may not use."""

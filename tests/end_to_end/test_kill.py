@@ -33,7 +33,7 @@ NUM_BLOCKS = 3
 TUNED = {"reconstruct": True, "reconstruct_steps": 4}
 JOBS: dict[str, dict[str, Any]] = {
     "one-pass": {"method": "wanda", "sequential": "group"},
-    "staged-owl": {"method": "wanda", "sequential": "group", "batch_size": 2, "allocation": "owl"},
+    "batches-owl": {"method": "wanda", "sequential": "group", "batch_size": 2, "allocation": "owl"},
     "two-pass-tuned": {"method": "sparsegpt", "batch_size": 2, **TUNED},
     "two-pass-dp": {"method": "sparsegpt", "allocation": "dp"},
     "icbs": {"method": "wanda", "refine": "icbs", "icbs_passes": 3, "icbs_block_size": 16, **TUNED},
@@ -42,7 +42,7 @@ JOBS: dict[str, dict[str, Any]] = {
 """What a job does beside the walk itself is recorded too: surveys, masks on the way, blocks tuned later."""
 VARIANTS: dict[str, dict[str, Any]] = {"resident": {}, "streamed": {"offload": "disk"}}
 """How the model is held meanwhile."""
-CASES = [(name, "resident") for name in JOBS] + [(name, "streamed") for name in ("staged-owl", "two-pass-tuned", "experts")]
+CASES = [(name, "resident") for name in JOBS] + [(name, "streamed") for name in ("batches-owl", "two-pass-tuned", "experts")]
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "open")
 
 

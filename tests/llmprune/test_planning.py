@@ -45,7 +45,8 @@ def test_plan_counts_what_will_be_pruned(make_plan: Callable[..., Plan]) -> None
     assert plan.fits and plan.seconds > 0 and plan.download_bytes == 0
     assert make_plan().walk == "two-pass"
     assert make_plan(sequential="none").walk == "dense"
-    assert make_plan(sequential="group", batch_size=2).walk == "staged"
+    assert make_plan(sequential="group", batch_size=2).walk == "one-pass"
+    assert make_plan(sequential="group", batch_size=2, free=2**20).walk == "staged"
     assert make_plan(skip="*.down_proj").num_sites == 12
 
 
