@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import peers_tables, peers_venv
-from benchmarks.peers_bars import FROM_DISK, ONE_PASS, OURS, PEER, bars
+from benchmarks.peers_bars import DENSE, FROM_DISK, ONE_PASS, OURS, PEER, bars
 from benchmarks.peers_judge import Judge, agreement, weights_of
 from benchmarks.quality import DOCS, ROOT, data_root
 from benchmarks.quality_cell import split_stories
@@ -41,6 +41,7 @@ CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("llmprune", {}),
     FROM_DISK: ("llmprune", {"offload": "disk"}),
     ONE_PASS: ("llmprune", {"sequential": "group"}),
+    DENSE: ("llmprune", {"sequential": "none", "offload": "disk", "statistics_cache": False}),
 }
 METHODS = ("wanda", "sparsegpt")
 TARGETS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
@@ -105,7 +106,11 @@ def _measure(
 ) -> None:
     repeats = 1 if subject.is_trained else options.repeats  # small models say nothing of time
     keys = {(method, target): f"{subject.name}/{method}/{target}" for method in subject.methods for target in subject.targets}
-    done = {} if options.fresh else results["cells"]
+    done = (
+        {}
+        if options.fresh
+        else {key: cell for key, cell in results["cells"].items() if CONTESTANTS.keys() == cell["contestants"].keys()}
+    )
     open_keys = {cell: key for cell, key in keys.items() if key not in done or num_runs(done[key]) < repeats}
     if not open_keys:
         return

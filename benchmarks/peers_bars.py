@@ -18,7 +18,8 @@ PEER = "llm-compressor"
 OURS = "llmprune"
 FROM_DISK = f"{OURS}, from disk"
 ONE_PASS = f"{OURS}, one-pass"
-WALKS = (OURS, FROM_DISK, ONE_PASS)
+DENSE = f"{OURS}, dense statistics, from disk"
+WALKS = (OURS, FROM_DISK, ONE_PASS, DENSE)
 TIME_AT_MOST, MEMORY_AT_MOST = 0.5, 0.6
 WHOLE = ("import", "load", "prune", "save")
 PRUNING = ("prune",)
@@ -50,11 +51,13 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def cells(results: Results, *, is_trained: bool | None = None) -> Iterator[tuple[str, str, str, Cell]]:
-    """Model, method, target and what was found, in the order measured; of trained or of random models alone if asked."""
+def cells(results: Results, *, is_trained: bool | None = None, contestant: str = PEER) -> Iterator[tuple[str, str, str, Cell]]:
+    """Model, method, target and what was found, in the order measured; of trained or of random models alone if asked, and of
+    those that a contestant took part in.
+    """
     for key, cell in results["cells"].items():
         model, method, target = key.split("/")
-        if is_trained in (None, results["models"][model]["is_trained"]):
+        if is_trained in (None, results["models"][model]["is_trained"]) and contestant in cell["contestants"]:
             yield model, method, target, cell
 
 
@@ -81,12 +84,12 @@ def bars(results: Results) -> list[Bar]:
             Bar(f"{name}: peak memory of the process at most {MEMORY_AT_MOST} x {PEER}'s.", _peaks(results, name)),
             Bar(f"{name}: perplexity no worse than {PEER}'s.", _losses(results, name)),
         ]
-    return found
+    return [bar for bar in found if bar.checks]
 
 
 def _times(results: Results, name: str, phases: tuple[str, ...]) -> tuple[Check, ...]:
     checks = []
-    for model, method, target, cell in cells(results, is_trained=False):
+    for model, method, target, cell in cells(results, is_trained=False, contestant=name):
         wall, cpu = ratio(cell, name, phases, lambda cost: cost.wall), ratio(cell, name, phases, lambda cost: cost.cpu)
         found = f"wall x {wall:.2f}, processor x {cpu:.2f}"
         checks.append(Check(f"{model}, {method}, {target}", found, max(wall, cpu) <= TIME_AT_MOST))
@@ -95,7 +98,7 @@ def _times(results: Results, name: str, phases: tuple[str, ...]) -> tuple[Check,
 
 def _peaks(results: Results, name: str) -> tuple[Check, ...]:
     checks = []
-    for model, method, target, cell in cells(results, is_trained=False):
+    for model, method, target, cell in cells(results, is_trained=False, contestant=name):
         peak, above = ratio(cell, name, WHOLE, lambda cost: cost.peak), ratio(cell, name, WHOLE, lambda cost: cost.above)
         found = f"x {peak:.2f}; above the imported libraries x {above:.2f}"
         checks.append(Check(f"{model}, {method}, {target}", found, peak <= MEMORY_AT_MOST))
@@ -104,7 +107,7 @@ def _peaks(results: Results, name: str) -> tuple[Check, ...]:
 
 def _losses(results: Results, name: str) -> tuple[Check, ...]:
     checks = []
-    for model, method, target, cell in cells(results):
+    for model, method, target, cell in cells(results, contestant=name):
         is_trained = results["models"][model]["is_trained"]
         found = change(cell, name, "losses" if is_trained else "kls")
         text = f"{found.mean:+.5f} ± {found.error:.5f} nats" + ("" if is_trained else " of KL, as weights are random")

@@ -10,6 +10,7 @@ and ends when the checkpoint is written. What is imported for one tool is not fo
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import resource
@@ -72,6 +73,7 @@ def ours(job: Job, meter: Meter) -> None:
     from llmprune.report import TextReport
     from llmprune.spec import PruneConfig
 
+    gc.freeze()  # as the command line does: stages collect garbage, and need not walk all that torch is made of
     meter.end("import")
     ids_NS = torch.load(job["tokens"])
 

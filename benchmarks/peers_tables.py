@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.peers_bars import (
+    DENSE,
     FROM_DISK,
     NOTE,
     ONE_PASS,
@@ -32,7 +33,12 @@ remains different:
 
 - {PEER} runs every layer twice: once to see its inputs, once to propagate. So does {OURS} (`--sequential block`, the default).
   *{ONE_PASS}* (`--sequential group`) prunes a matrix as soon as its inputs are there, so every layer runs once, and a matrix is
-  pruned on inputs that pruned matrices before it in its own layer have made; it holds a layer's activations of all tokens.
+  pruned on inputs that pruned matrices before it in its own layer have made; it holds what batches hold that wait for others.
+- *{DENSE}* (`--sequential none --offload disk`, without its cache of statistics) runs every layer
+  once too, and prunes all of it on what the dense model puts in: errors of pruned layers do not reach the statistics of later
+  ones. The losses say what that is worth.
+- Nobody reads what the last layer puts out: {OURS} leaves it after its last matrix's inputs, {PEER} runs it
+  twice, and the head. Of two layers that is a larger part than of many.
 - *{FROM_DISK}* (`--offload disk`) never holds the model: blocks are read from the checkpoint as they are pruned, and written.
 - {PEER} feeds one sequence at a time (its default), {OURS} as many as keep a layer's activations below the hidden states.
 - {PEER} sums a Gram matrix for each of the matrices that read one input and factorises it in fp32; {OURS} sums one for all of
@@ -139,7 +145,7 @@ def readme_table(results: dict[str, Any]) -> str:
     """Ratios of the random models' cells, one row for a cell and a walk."""
     rows = []
     for model, method, target, cell in cells(results, is_trained=False):
-        for name in WALKS:
+        for name in (walk for walk in WALKS if walk in cell["contestants"]):
             share: Callable[..., float] = lambda phases, what, cell=cell, name=name: ratio(cell, name, phases, what)
             rows.append(
                 [

@@ -6,8 +6,10 @@ the same scores give the same support on every device.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,26 +66,51 @@ def keep_highest(score_RC: Tensor, count: int) -> Tensor:
         return torch.ones_like(score_RC, dtype=torch.bool)
     if count >= score_RC.shape[1]:
         return torch.zeros_like(score_RC, dtype=torch.bool)
-    threshold_R1 = score_RC.kthvalue(count, dim=1, keepdim=True).values
+    threshold_R1 = _kth_lowest(score_RC, count)
     keep_RC = score_RC > threshold_R1
-    tied_RC = score_RC == threshold_R1
-    spare_R1 = (~keep_RC).sum(1, keepdim=True) - count
-    if bool((spare_R1 > 0).any()):
+    if int(keep_RC.count_nonzero()) < keep_RC.shape[0] * (keep_RC.shape[1] - count):  # rows in which more are tied than go
+        tied_RC = score_RC == threshold_R1
+        spare_R1 = (~keep_RC).sum(1, keepdim=True) - count
         rank_RC = tied_RC.cumsum(1)
         keep_RC |= tied_RC & (rank_RC > tied_RC.sum(1, keepdim=True) - spare_R1)
     return keep_RC
 
 
+def _kth_lowest(score_RC: Tensor, count: int) -> Tensor:
+    """The ``count``-th lowest of every row [R, 1]."""
+    if score_RC.device.type != "cpu" or score_RC.dtype not in (torch.float32, torch.float64):
+        return score_RC.kthvalue(count, dim=1, keepdim=True).values
+    # numpy's selection takes two fifths of kthvalue's time, which carries positions along; rows are shared out as there.
+    parts = score_RC.detach().tensor_split(max(1, min(torch.get_num_threads(), len(score_RC))))
+
+    def select(part_RC: Tensor) -> Tensor:
+        return torch.from_numpy(np.partition(part_RC.numpy(), count - 1, axis=1)[:, count - 1 : count].copy())
+
+    if len(parts) == 1:
+        return select(score_RC.detach())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return torch.cat(list(pool.map(select, parts)))
+
+
 def _keep_n_of_m(score_OI: Tensor, n: int, m: int) -> Tensor:
-    """Keep the n highest of every m consecutive inputs, by counting in how many duels each weight loses."""
+    """Keep the n highest of every m consecutive inputs."""
     assert score_OI.shape[1] % m == 0, "n:m must divide the inputs; Pattern.check says so to the user"
-    group_OGM = score_OI.reshape(score_OI.shape[0], -1, m)
-    lanes = group_OGM.unbind(-1)
-    keep = []
-    for j, lane in enumerate(lanes):
-        num_below = torch.zeros_like(lane, dtype=torch.int16)
-        for i, other in enumerate(lanes):
-            if i != j:
-                num_below += (other <= lane) if i < j else (other < lane)
-        keep.append(num_below >= m - n)
-    return torch.stack(keep, dim=-1).view(score_OI.shape)
+    lanes_mOG = score_OI.reshape(score_OI.shape[0], -1, m).movedim(-1, 0).contiguous()
+    return keep_n_of_lanes(lanes_mOG, n).movedim(0, -1).reshape(score_OI.shape)
+
+
+def keep_n_of_lanes(score_mX: Tensor, n: int) -> Tensor:
+    """Boolean [m, ...], True for the n highest of m scores [m, ...], by counting in how many duels each loses; among equals the
+    earlier one goes first.
+    """
+    m = len(score_mX)
+    # A weight loses to none of those before it until its duels say otherwise.
+    num_below_mX = torch.arange(m, dtype=torch.int8, device=score_mX.device).view(m, *[1] * (score_mX.dim() - 1))
+    num_below_mX = num_below_mX.expand(score_mX.shape).clone()
+    lanes, below = score_mX.unbind(), num_below_mX.unbind()
+    for j in range(m):
+        for i in range(j):
+            later_is_lower = (lanes[j] < lanes[i]).view(torch.int8)
+            below[i].add_(later_is_lower)
+            below[j].sub_(later_is_lower)
+    return num_below_mX >= m - n

@@ -111,13 +111,13 @@ def tuning_state_bytes(block_sites: Sequence[Site], itemsize: int) -> int:
 
 def solve_bytes(sites: Sequence[Site], need: Need) -> int:
     """Peak of pruning one site: fp32 copies of its weight (score, sorted copy, support), and for methods that hold the
-    Gram matrix that matrix in fp32 with its factorisation in fp64.
+    Gram matrix that matrix in fp32, and its factorisation: a third more than one fp64 matrix, and the factor in fp32.
     """
     if not sites:
         return 0
     work = max(site.numel for site in sites) * 4 * 4
     if need == Need.GRAM:
-        work += max(site.shape[1] for site in sites) ** 2 * (4 + 4 * 8)
+        work += max(site.shape[1] for site in sites) ** 2 * (4 + 8 * 4 // 3 + 4)
     return work
 
 

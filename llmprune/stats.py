@@ -28,7 +28,6 @@ class LinearStats:
         num_tokens: tokens seen.
         sq_I: sum of x_j^2, fp32 [I].
         sum_I: sum of x_j, fp32 [I]; None unless the method needs it.
-        gram_II: sum of x x^T, fp32 [I, I]; None unless the method needs it.
 
     Adding the same tokens in any split gives the same sums up to rounding, so shards and ranks just add up.
     """
@@ -36,10 +35,24 @@ class LinearStats:
     def __init__(self, in_features: int, need: Need, device: torch.device | str) -> None:
         self.num_tokens = 0
         self.need = need
+        self._gram_II: Tensor | None
+        self._mirrored: bool
         self.sq_I = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.sum_I = torch.zeros(in_features, dtype=torch.float32, device=device) if need >= Need.MEAN else None
         self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device) if need >= Need.GRAM else None
         self._solved: tuple[tuple[object, float], Any, float] | None = None
+
+    @property
+    def gram_II(self) -> Tensor | None:
+        """Sum of x x^T, fp32 [I, I]; None unless the method needs it."""
+        if self._gram_II is not None and not self._mirrored:  # updates leave what is below the diagonal
+            mirror_(self._gram_II)
+            self._mirrored = True
+        return self._gram_II
+
+    @gram_II.setter
+    def gram_II(self, gram_II: Tensor | None) -> None:
+        self._gram_II, self._mirrored = gram_II, True
 
     def update(self, x_TI: Tensor) -> None:
         """Add tokens; ``x_TI`` is [..., I] in any float dtype and is read only."""
@@ -50,11 +63,11 @@ class LinearStats:
             return
         if self.sum_I is not None:
             self.sum_I += _column_sums(x_TI, lambda part_TI: part_TI)
-        if self.gram_II is not None:
+        if self._gram_II is not None:
             for part_TI in x_TI.split(_ROWS):
-                add_gram_(self.gram_II, part_TI)
-            mirror_(self.gram_II)
-            self.sq_I = self.gram_II.diagonal().clone()
+                add_gram_(self._gram_II, part_TI)
+            self._mirrored = False
+            self.sq_I = self._gram_II.diagonal().clone()
         else:
             self.sq_I += _column_sums(x_TI, Tensor.square)
 

@@ -73,7 +73,7 @@ class JournaledWalk:
         if found and walk.carries(start):
             for batch, tensor in enumerate(found):
                 walk.hidden[batch] = tensor
-        elif not found and not dense:
+        elif not found and not dense and walk.carries(start):
             with eager_experts(self.model):
                 walk.replay(start)
         return reports

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from llmprune.spec import Pattern
@@ -130,6 +129,5 @@ def check_pattern(sites: Iterable[Site], pattern: Pattern) -> None:
 
 def write_(site: Site, weight_OI: Tensor) -> int:
     """Store a pruned weight, zeros as +0.0, and return how many zeros it holds."""
-    zero_OI = weight_OI == 0
-    site.weight_OI.copy_(torch.where(zero_OI, 0.0, weight_OI))
-    return int(zero_OI.sum())
+    site.weight_OI.copy_(weight_OI + 0.0)  # -0.0 + 0.0 is +0.0
+    return weight_OI.numel() - int(weight_OI.count_nonzero())

@@ -39,7 +39,7 @@ from llmprune.engines.sharding import Shares
 from llmprune.errors import FactorizationError, NonFiniteError
 from llmprune.events import BlockFinished, BlockStarted, Progress, SitePruned, Warned
 from llmprune.hidden import HiddenStates
-from llmprune.linalg import energy
+from llmprune.linalg import all_finite, energy
 from llmprune.methods import METHODS, get_method
 from llmprune.report import BlockReport, Permutation, Reconstruction, SiteReport
 from llmprune.spec import Need, PruneConfig, Target
@@ -128,10 +128,16 @@ class Walk:
         return "one-pass" if self.shares is None and not self.dense and (self.pausing or len(self.hidden) == 1) else "staged"
 
     def carries(self, index: int) -> bool:
-        """Whether ``hidden`` holds what block ``index`` takes in, once those before it are done: not where the statistics of
-        this block and of all later ones are known beforehand.
+        """Whether ``hidden`` holds what block ``index`` takes in, once those before it are done: not where there is no such
+        block, nor where the statistics of this block and of all later ones are known beforehand.
         """
-        return self.statistics is None or not self.statistics.complete(index)
+        return index < len(self.stack.blocks) and (self.statistics is None or not self.statistics.complete(index))
+
+    def _to_the_end(self, index: int) -> bool:
+        """Whether a block's outputs are wanted: by the next one, or to see that they are finite, which the statistics of its
+        inputs tell where there are any.
+        """
+        return self.carries(index + 1) or self.needs == Need.NOTHING
 
     @torch.no_grad()
     def run(self, start: int = 0) -> Iterator[WalkEvent]:
@@ -193,7 +199,8 @@ class Walk:
             reports, reconstruction = yield from self._reconstruct(index, block, sites)
         else:
             reports, reconstruction = self._prune_in_stages(index, block, sites), None
-        self._together(partial(self.advance, index, block))
+        if self._to_the_end(index):
+            self._together(partial(self.advance, index, block))
         return reports, reconstruction
 
     def _permute(self, index: int, block: nn.Module, sites: Sequence[Site]) -> tuple[Permutation, ...]:
@@ -290,6 +297,8 @@ class Walk:
 
         def prune(name: str) -> None:
             reports.append(self._prune(pending.pop(name), found.pop(name)))
+            if not pending and not self._to_the_end(index):
+                raise _GroupComplete
 
         def forward(batch: int, wait: Callable[[str], None]) -> Tensor:
             shared: SharedInputs[LinearStats] = SharedInputs()
@@ -310,17 +319,22 @@ class Walk:
             with torch.no_grad(), Watcher(sites, on_input):
                 return self._forward(index, block, batch)
 
-        if len(self.hidden) == 1:
-            outputs = [forward(0, prune)]
-        else:
-            with Turns([partial(forward, batch) for batch in range(len(self.hidden))]) as turns:
-                while len(waiting := set(turns.go_on())) == 1 and (name := waiting.pop()) is not None:
-                    return_free_memory(collect=False)  # the C allocator keeps what a thread freed for that thread
-                    prune(name)
-                outputs = [] if waiting else [turns.take(batch) for batch in range(len(self.hidden))]
+        try:
+            if len(self.hidden) == 1:
+                outputs = [forward(0, prune)]
+            else:
+                with Turns([partial(forward, batch) for batch in range(len(self.hidden))]) as turns:
+                    while len(waiting := set(turns.go_on())) == 1 and (name := waiting.pop()) is not None:
+                        return_free_memory(collect=False)  # the C allocator keeps what a thread freed for that thread
+                        prune(name)
+                    outputs = [] if waiting else [turns.take(batch) for batch in range(len(self.hidden))]
+        except _GroupComplete:
+            return reports
         parted = not outputs
         if parted:
             reports += self._prune_in_stages(index, block, list(pending.values()))
+            if not self._to_the_end(index):
+                return reports
         else:
             reports += [self._prune(site, None) for site in pending.values()]
         if parted or any(site.expert is None for site in pending.values()):  # or used in a way that was not seen
@@ -379,6 +393,7 @@ class Walk:
         collected: dict[str, LinearStats] = {}
         group: set[int] = set()  # ids of the statistics of the open group
         parameters: set[tuple[int, str]] = set()  # expert parameters of the open group
+        keep = keep and self._to_the_end(index)
         unseen: set[str] = set()  # pending sites whose input this batch has not shown yet
         shared: SharedInputs[LinearStats] = SharedInputs()
 
@@ -444,7 +459,7 @@ class Walk:
 
     def _keep(self, index: int, batch: int, output_NSH: Tensor) -> None:
         """Replace a batch's hidden states by what the block put out."""
-        if not torch.isfinite(output_NSH).all():
+        if not all_finite(output_NSH):
             after = "" if self.kind == "dense" else " after pruning"
             raise NonFiniteError(
                 f"{self.stack.name(index)} puts out NaN or inf{after}. Use --dtype float32, lower the sparsity, "
@@ -460,7 +475,7 @@ class Walk:
         method = self.fallback if starved else self.method
         if stats is None or method is self.fallback:
             stats = LinearStats(site.shape[1], Need.NOTHING, site.stored.device)
-        elif not bool(torch.isfinite(stats.sq_I).all()):
+        elif not all_finite(stats.sq_I):
             raise NonFiniteError(f"the calibration activations of {site.name} overflow fp32. Use --dtype float32 or bfloat16.")
         generator = self._generator(site.name)
         target = target.eased(self.progress)

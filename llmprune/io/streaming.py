@@ -34,6 +34,7 @@ from llmprune.anatomy.blocks import Stack, find_stack
 from llmprune.errors import CorruptCheckpoint, NonFiniteError, UnsupportedModel
 from llmprune.io.models import Source, empty_weights, load_config
 from llmprune.io.shards import Shards
+from llmprune.linalg import all_finite
 from llmprune.spec import Pattern, PruneConfig
 from llmprune.structured.free import is_free
 
@@ -143,7 +144,7 @@ class StreamedBlocks:
         if index in self._sound:
             return
         for key, parameter in self._stack.blocks[index].named_parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            if parameter.is_floating_point() and not all_finite(parameter):
                 raise NonFiniteError(
                     f"{self._stack.name(index)}: its weight {key} holds NaN or inf. "
                     "The checkpoint is damaged: download it again."

@@ -21,6 +21,7 @@ from llmprune.io import checkpoint
 from llmprune.io.models import load_model, load_tokenizer, resolve
 from llmprune.io.streaming import load_streamed, not_streamed
 from llmprune.job.state import JobState
+from llmprune.linalg import all_finite
 from llmprune.measure.dispatch import dispatched
 from llmprune.refining import check_refinement
 from llmprune.spec import Pattern, default_seq_len
@@ -118,7 +119,7 @@ def _check_sites(job: JobState, stack: Stack) -> None:
 def _check_finite(stack: Stack) -> None:
     for index, block in enumerate(stack.blocks):
         for name, parameter in block.named_parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            if parameter.is_floating_point() and not all_finite(parameter):
                 raise NonFiniteError(
                     f"{stack.name(index)}: its weight {name} holds NaN or inf. The checkpoint is damaged: download it again."
                 )

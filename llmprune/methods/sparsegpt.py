@@ -5,12 +5,13 @@ O out, I in features, B columns of one block. Weights are held transposed, one i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmprune.masks import COLUMN_BLOCK, block_counts, keep_highest, keep_mask
+from llmprune.masks import COLUMN_BLOCK, block_counts, keep_highest, keep_mask, keep_n_of_lanes
 from llmprune.spec import Target
 from llmprune.stats import LinearStats
 
@@ -68,44 +69,59 @@ class _Columns:
         self.width = self.target.pattern.m or COLUMN_BLOCK
         rows = 1 if self.target.scope == "row" else num_out
         self.counts = block_counts(rows, num_in, sparsity=self.target.sparsity, width=self.width)
-        self.diagonal = self.factor_II.diagonal().tolist()
-        planned_IO = None
+        self.share_I1 = self.factor_II.diagonal().reciprocal()[:, None]
+        self.next_to = self.factor_II.diagonal(1).tolist()
+        self.weights, self.errors = self.weight_IO.unbind(), self.error_IO.unbind()
+        self.planned_IO = None
         if self.target.pattern.m is None and self.target.scope == "matrix":
-            planned_IO = keep_mask(self._score(slice(None)), self.target.pattern, self.target.sparsity, "matrix").T
-        self._prune(0, num_in, None if planned_IO is None else _dropped(planned_IO))
+            self.planned_IO = keep_mask(self._score(slice(None)).T, self.target.pattern, self.target.sparsity, "matrix").T
+        self._prune(0, num_in)
 
-    def _prune(self, start: int, stop: int, drop_IO: Tensor | None) -> None:
-        """Prune columns [start, stop); ``drop_IO`` is 1 where a weight goes, once that is chosen, and 0 where it stays."""
+    def _prune(self, start: int, stop: int) -> None:
+        """Prune columns [start, stop), blocks of them; a split falls between blocks."""
         size = stop - start
-        if drop_IO is None and size <= self.width:
-            drop_IO = _dropped(self._choose(start, stop))
-        if size == 1:
-            assert drop_IO is not None
-            # Three small operations: most of the time goes into starting them. What stays is w - 0, what goes w - w.
-            column_1O, error_1O = self.weight_IO[start:stop], self.error_IO[start:stop]
-            torch.mul(column_1O, drop_IO, out=error_1O)
-            column_1O.sub_(error_1O)
-            error_1O.div_(self.diagonal[start])
+        if size <= self.width:
+            keep_IO = self._choose(start, stop) if self.planned_IO is None else self.planned_IO[start:stop]
+            drop_IO = (~keep_IO).contiguous()
+            # What a column owes is its error over U_jj: 1 / U_jj where a weight goes, 0 where it stays, times the weight.
+            self._owe(start, stop, drop_IO.mul(self.share_I1[start:stop]).unbind(), start)
+            self.weight_IO[start:stop].masked_fill_(drop_IO, 0)
             return
-        # Above a block's width a split falls between blocks.
-        unit = self.width if size > self.width else 1
-        middle = start + unit * ((-(-size // unit) + 1) // 2)
-        self._prune(start, middle, None if drop_IO is None else drop_IO[: middle - start])
+        middle = start + self.width * ((-(-size // self.width) + 1) // 2)
+        self._prune(start, middle)
+        self._settle(start, middle, stop)
+        self._prune(middle, stop)
+
+    def _owe(self, start: int, stop: int, shares: Sequence[Tensor], first: int) -> None:
+        """Fill the errors of columns [start, stop) of a block that begins at ``first``. Starting an operation takes longer than
+        what it does, so the last columns are left to as few as can be.
+        """
+        if stop - start == 1:
+            torch.mul(self.weights[start], shares[start - first], out=self.errors[start])
+            return
+        if stop - start == 2:
+            torch.mul(self.weights[start], shares[start - first], out=self.errors[start])
+            self.weights[start + 1].sub_(self.errors[start], alpha=self.next_to[start])
+            torch.mul(self.weights[start + 1], shares[start + 1 - first], out=self.errors[start + 1])
+            return
+        middle = (start + stop + 1) // 2
+        self._owe(start, middle, shares, first)
+        self._settle(start, middle, stop)
+        self._owe(middle, stop, shares, first)
+
+    def _settle(self, start: int, middle: int, stop: int) -> None:
+        """Columns [middle, stop) take in the errors of [start, middle)."""
         owed = self.factor_II[start:middle, middle:stop].T
         self.weight_IO[middle:stop].addmm_(owed, self.error_IO[start:middle], alpha=-1)
-        self._prune(middle, stop, None if drop_IO is None else drop_IO[middle - start :])
 
     def _choose(self, start: int, stop: int) -> Tensor:
         """The support [B, O] of one block from its present weights."""
-        score_OB = self._score(slice(start, stop))
-        if self.target.pattern.m is not None:
-            return keep_mask(score_OB, self.target.pattern, self.target.sparsity, self.target.scope).T
+        score_BO = self._score(slice(start, stop))
+        if self.target.pattern.n is not None:
+            return keep_n_of_lanes(score_BO, self.target.pattern.n)
+        score_OB = score_BO.T.contiguous()
         shape = score_OB.shape if self.target.scope == "row" else (1, -1)
         return keep_highest(score_OB.view(shape), self.counts[start // self.width]).view(score_OB.shape).T
 
     def _score(self, columns: slice) -> Tensor:
-        return (self.weight_IO[columns].abs() * self.weigh_I[columns, None]).T.contiguous()
-
-
-def _dropped(keep_IO: Tensor) -> Tensor:
-    return (~keep_IO).to(torch.float32, memory_format=torch.contiguous_format)
+        return self.weight_IO[columns].abs().mul_(self.weigh_I[columns, None])
