@@ -111,6 +111,8 @@ class _Planner:
         self.block_weights: int = max(blocks_numel) * self.itemsize
         self.rest_weights: int = self.weights - sum(blocks_numel) * self.itemsize
         self.place, self.why_not_streamed = self._place()
+        self.hidden_bytes: int = config.num_samples * self.seq_len * self.text_config.hidden_size * self.itemsize
+        self.hidden_place = self._hidden_place()
         self.evaluation_tokens = sum(
             min(_evaluation_tokens(source, self.seq_len), config.max_eval_tokens or 2**62) for source in config.eval_sources()
         )
@@ -132,6 +134,18 @@ class _Planner:
         reason = not_streamed(self.config, self.out)
         return ("cpu", reason) if place == "disk" and reason else (place, reason)
 
+    def _hidden_place(self) -> Place:
+        """Where hidden states wait between blocks, beside the weights."""
+        device_free = None
+        if self.device.type != "cpu":
+            device_free = free_bytes(self.device) - (self.weights if self.place == "device" else self.block_weights)
+        in_cpu_memory = self._held_weights if device_free is None or self.place != "device" else 0
+        sets = 2 if self.config.reconstruct else 1
+        return memory.hidden_place(
+            self.config.offload, sets * self.hidden_bytes, device_free=device_free,
+            cpu_free=free_bytes(torch.device("cpu")) - in_cpu_memory,
+        )  # fmt: skip
+
     def _assemble(self, model: PreTrainedModel, stack: Stack, dtype: str) -> Plan:
         config, on_gpu = self.config, self.device.type != "cpu"
         free_cpu, free_gpu = free_bytes(torch.device("cpu")), free_bytes(self.device) if on_gpu else 0
@@ -139,11 +153,13 @@ class _Planner:
         stages = self._stages(batch_size, on_gpu)
         peak_cpu = max(stage.peak_cpu_bytes for stage in stages)
         peak_gpu = max(stage.peak_gpu_bytes for stage in stages)
-        hidden = config.num_samples * self.seq_len * self.text_config.hidden_size * self.itemsize
+        hidden = self.hidden_bytes
         dense_hidden = self.evaluation_tokens * self.text_config.hidden_size * self.itemsize
         copies = 3 if config.export == "packed" else 2  # the dense file is there until the packed one is whole
         copies -= self.place == "disk"  # blocks are recorded as the files they will be
         disk = copies * self.weights + 2 * hidden + dense_hidden + (self.cost.disk_bytes if self.cost else 0)
+        if self.hidden_place == "disk":
+            disk += hidden * (2 if config.reconstruct else 1)
         if config.refine != "none":  # masks, and where they are tuned the blocks once more
             disk += total_weights(self.sites) // 4 + (self.weights if config.reconstruct else 0)
         where = self.out.resolve()
@@ -165,6 +181,7 @@ class _Planner:
             evaluation_tokens=self.evaluation_tokens,
             device=device_name(self.device),
             weights_place=self.place,
+            hidden_place=self.hidden_place,
             stages=tuple(stages),
             peak_cpu_bytes=peak_cpu,
             peak_gpu_bytes=peak_gpu,
@@ -366,6 +383,7 @@ class _Planner:
             one_pass=self.config.sequential == "group",
             free_bytes=self._free_bytes,
             on_cpu=self.device.type == "cpu", tuned_sites=self.tuned_sites,
+            hidden_here=self.hidden_place in ("device", self.device.type),
         )  # fmt: skip
 
     def _walk(self, batch_size: int) -> str:

@@ -313,9 +313,9 @@ class StagePlan(Part):
 class Plan(Part):
     """What a job would do and need, from config.json and the safetensors headers alone.
 
-    ``weights_place`` is where weights wait while others are worked on: device, cpu or disk. Of pattern structured
-    ``num_modules`` can be pruned and ``left`` says why others cannot, by name; sites are the matrices of these modules, and
-    weights what can go from them.
+    ``weights_place`` is where weights wait while others are worked on: device, cpu or disk; ``hidden_place`` where hidden
+    states wait between blocks. Of pattern structured ``num_modules`` can be pruned and ``left`` says why others cannot, by
+    name; sites are the matrices of these modules, and weights what can go from them.
     """
 
     config: PruneConfig
@@ -329,6 +329,7 @@ class Plan(Part):
     evaluation_tokens: int
     device: str
     weights_place: str
+    hidden_place: str = "device"
     stages: tuple[StagePlan, ...]
     peak_cpu_bytes: int
     peak_gpu_bytes: int

@@ -28,7 +28,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     facts.add_row("Walk", f"{plan.walk}, {plan.batch_size} sequences of {plan.seq_len} tokens per forward")
     facts.add_row("Tokens", f"{count(plan.calibration_tokens)} calibration, about {count(plan.evaluation_tokens)} evaluation")
     where = {"device": "on it", "cpu": "in CPU memory", "disk": "on disk, a block in memory at a time"}[plan.weights_place]
-    facts.add_row("Device", f"{plan.device}, weights {where}")
+    waiting = {"device": "on it", "cpu": "in CPU memory", "disk": "in files of the work directory"}[plan.hidden_place]
+    facts.add_row("Device", f"{plan.device}, weights {where}, hidden states {waiting}")
     facts.add_row("CPU memory", f"{size(plan.peak_cpu_bytes)} at the peak, {size(plan.free_cpu_bytes)} available")
     if plan.peak_gpu_bytes:
         facts.add_row("GPU memory", f"{size(plan.peak_gpu_bytes)} at the peak, {size(plan.free_gpu_bytes)} available")

@@ -104,12 +104,20 @@ def test_what_cannot_fit_is_refused_with_the_flag_that_helps(make_plan: Callable
     require_fit(make_plan())
 
 
+def test_plan_says_where_hidden_states_wait(make_plan: Callable[..., Plan]) -> None:
+    """By the job's own formula: in memory up to a quarter of what the weights leave, else in files, for which there is disk."""
+    roomy, asked = make_plan(num_samples=512), make_plan(num_samples=512, offload="disk")
+    scarce = make_plan(num_samples=512, free=roomy.model.weights_bytes + 3 * 512 * 32 * 64 * 4, offload="auto")
+    assert (roomy.hidden_place, asked.hidden_place, scarce.hidden_place) == ("device", "disk", "disk")
+    assert asked.disk_bytes + roomy.model.weights_bytes == roomy.disk_bytes + 512 * 32 * 64 * 4
+
+
 def test_weights_that_do_not_fit_stay_on_disk(make_plan: Callable[..., Plan], tiny_model_dir: Path) -> None:
     """By themselves where memory is short, at once where it is asked for, and never where the job needs them all."""
     weights = make_plan().model.weights_bytes
     roomy, asked, scarce = make_plan(), make_plan(offload="disk"), make_plan(free=weights)
     assert (roomy.weights_place, asked.weights_place, scarce.weights_place) == ("cpu", "disk", "disk")
-    assert asked.disk_bytes == roomy.disk_bytes - weights  # a block's record becomes a shard
+    assert asked.disk_bytes == roomy.disk_bytes - weights + 8 * 32 * 64 * 4  # a record becomes a shard; hidden states are files
     assert make_plan(free=weights, offload="cpu").weights_place == "cpu"
     assert make_plan(free=weights, refine="icbs").weights_place == "cpu"
     peaks = {}
