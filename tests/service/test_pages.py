@@ -407,7 +407,7 @@ def preformatted(text: str) -> list[str]:
 def all_pages(pages: Pages) -> dict[str, str]:
     """Every page of the service by its path, jobs in all states."""
     rows = [pages.job_in(status) for status in ("queued", "running", "succeeded", "failed", "cancelled")]
-    paths = ["/", f"/?like={rows[0].id}", "/?status=failed", "/ui/compare", "/ui/workers", "/login", "/docs"]
+    paths = ["/", f"/?like={rows[0].id}", "/?status=failed", "/ui/compare", "/ui/sweeps", "/ui/workers", "/login", "/docs"]
     paths += [f"/ui/compare?job={rows[2].id}&job=none", *(f"/ui/jobs/{row.id}" for row in rows)]
     found = {path: pages.get(path) for path in paths}
     found["error"] = pages.get("/ui/jobs/none", status=404)
@@ -418,7 +418,7 @@ def all_pages(pages: Pages) -> dict[str, str]:
 def test_pages_are_well_formed_and_strict(pages: Pages) -> None:
     """No inline script or style, every tag closed, every field named, landmarks, and nothing from elsewhere."""
     found = all_pages(pages)
-    assert len(found) == 15
+    assert len(found) == 16
     for path, text in found.items():
         checker = Checker()
         checker.feed(text)

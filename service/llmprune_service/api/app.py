@@ -28,6 +28,7 @@ from llmprune_service.api import (
     jobs,
     openapi,
     pages,
+    sweep_pages,
     sweeps,
 )
 from llmprune_service.api.feed import Feed
@@ -82,7 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.buckets = TokenBuckets(settings.max_submissions_per_minute)
     app.state.planner = Planner(settings)
     errors.install(app)
-    for module in (jobs, sweeps, events, artifacts, catalog, admin, health, pages, job_page, compare_page):
+    for module in (jobs, sweeps, events, artifacts, catalog, admin, health, pages, job_page, compare_page, sweep_pages):
         app.include_router(module.router)
     pages.mount_static(app)
     return app

@@ -149,10 +149,10 @@ def commands(row: Row, base_url: str, *, auth: bool) -> Commands:
     return Commands(curl(pinned | own, base_url, auth=auth), submit, prune)
 
 
-def curl(body: Mapping[str, Any], base_url: str, *, auth: bool) -> str:
+def curl(body: Mapping[str, Any], base_url: str, *, auth: bool, path: str = "v1/jobs") -> str:
     """The request as a curl command; the key comes from the environment."""
     lines = [
-        f"curl {shlex.quote(f'{base_url}v1/jobs')}",
+        f"curl {shlex.quote(f'{base_url}{path}')}",
         *(['-H "Authorization: Bearer $LLMPRUNE_API_KEY"'] if auth else []),
         "-H 'Content-Type: application/json'",
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}",
