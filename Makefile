@@ -4,6 +4,7 @@
 #                           MODEL=, METHOD=, SPARSITY=, PATTERN=, DTYPE=, OUT=, ARGS= change the job
 #   make test               the whole suite, offline, in JOBS=3 processes: two cores, and one for those that wait
 #                           (ARGS="-m slow": the kernels compiled for architectures other than sm_90)
+#                           LLMPRUNE_SCREENSHOTS=DIR keeps pictures of the service's pages
 #   make lint               ruff, mypy
 #   make docs               the documentation site, into build/site: opens from the disk, loads nothing from elsewhere
 #   make bench              speed, memory and packing; writes the tables of the README

@@ -48,6 +48,7 @@ def test_from_the_form_to_the_report(browser: Browser, tmp_path: Path) -> None:
         browser.open(f"{url}/")
         browser.type("[name=sparsity]", "0.4")
         assert browser.run("return document.querySelector('[type=range]').value") == "0.4"
+        assert "Fraction of zeros" in browser.text("#hint")
         browser.click("#do-plan")
         browser.wait(lambda: "2 min 05 s" in browser.text("#plan"))
         browser.keep("plan", height=700)
@@ -228,7 +229,15 @@ def test_pages_fit_the_window(browser: Browser, tmp_path: Path, width: int) -> N
     with listening(tmp_path) as (url, state):
         row = state.jobs.submit("default", JobRequest(model="a-long-organisation/" + "a-very-long-model-name-" * 4))[0]
         succeed(begin(state.jobs, row))
-        paths = ("/", f"/?like={row.id}", f"/ui/jobs/{row.id}", f"/ui/compare?job={row.id}&job=none", "/login", "/ui/workers")
+        paths = (
+            "/",
+            f"/?like={row.id}",
+            f"/ui/jobs/{row.id}",
+            f"/ui/compare?job={row.id}&job=none",
+            "/login",
+            "/ui/workers",
+            "/ui/sweeps",
+        )
         for path in paths:
             browser.resize(width, 800)
             browser.open(f"{url}{path}")

@@ -105,6 +105,8 @@ async function plan(button) {
 }
 
 if (form) {
+  // Titles are there for the pointer and for screen readers; who tabs or taps sees them here.
+  form.addEventListener("focusin", (event) => { document.getElementById("hint").textContent = event.target.title ?? ""; });
   for (const number of form.querySelectorAll("[data-slider]")) slide(number);
   form.addEventListener("submit", (event) => {
     if (event.submitter?.id !== "do-plan") return;
