@@ -16,6 +16,7 @@ from llmprune_service.schemas import JobRequest
 
 EVERYTHING: dict[str, Any] = {
     "model": "org/model", "pattern": "2:4", "method": "sparsegpt", "effort": "best", "skip": ("*.down_proj", "a b"), "eval": (),
+    "prompt": ("Once upon", "a time"),
     "latency": False, "permute": True, "seed": 7, "damping": 0.02, "calibration": "c4", "num_samples": 16, "priority": 8,
     "metadata": {"team": "nlp", "note": "x = y"}, "revision": "main", "timeout_s": 600,
 }  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import sqlalchemy as sa
-from pages_kit import Pages, begin, succeed
+from pages_kit import EVIL, Pages, begin, succeed
 
+from llmprune.continuations import Continuations, Continued
 from llmprune_service import tables
 from reports import sample_report
 
@@ -46,6 +47,20 @@ def test_a_finished_job_shows_its_report(pages: Pages) -> None:
         assert figure in text, figure
     assert pages.client.get(f"/ui/jobs/{row.id}/plots/front.svg").status_code == 404
     assert pages.client.get(f"/ui/jobs/{row.id}/plots/%3Cb%3E.svg").status_code == 404
+
+
+def test_what_both_models_wrote_is_side_by_side(pages: Pages) -> None:
+    """Each prompt with both texts; markup in them is text."""
+    dense, pruned = (Continued(text=text, tokens=tokens, finished=False) for text, tokens in (("a b", (1, 2)), (EVIL, (1, 3))))
+    written = Continuations(prompts=("Once", EVIL), max_new_tokens=2, dense=(dense, dense), pruned=(dense, pruned))
+    row = pages.submit()
+    succeed(begin(pages.jobs, row), sample_report(continuations=written))
+    text = pages.get(f"/ui/jobs/{row.id}")
+    assert re.findall(r"<summary>(\w+)</summary>", text) == ["Once"] and EVIL not in text
+    assert re.findall(r'<pre tabindex="0" aria-label="(\w+), after[^>]*>\n([^<]*)</pre>', text) == [
+        ("Dense", "a b"), ("Pruned", "a b"), ("Dense", "a b"), ("Pruned", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+    ]  # fmt: skip
+    assert re.findall(r"(\d) leading tokens agree", text) == ["2", "1"]
 
 
 def test_a_report_of_another_version_leaves_the_headline(pages: Pages) -> None:

@@ -32,6 +32,7 @@ _REST = "Data, measurements and output"
 _OF_STRUCTURES = {name: method.summary for (_, name), method in STRUCTURAL.items() if name not in METHODS}
 _METHODS = {**{method.name: method.summary for method in METHODS.values()}, **REFINED, **_OF_STRUCTURES}
 _NONE = "none"
+_MAY_BE_NONE = ("eval", "prompt")  # whose default is not to have none
 
 
 class Field(NamedTuple):
@@ -83,7 +84,8 @@ def _field(name: str, part: Mapping[str, Any]) -> Field:
             return Field(name, "number", hint, default, low=low, high=high, step=step)
         case "array" | "object":
             more = "One a line" + (", as key=value." if kind["type"] == "object" else ".")
-            return Field(name, "lines", f"{hint} {more}" + (f" '{_NONE}' for none." if name == "eval" else ""), default)
+            told = f" '{_NONE}' for none." if name in _MAY_BE_NONE else ""
+            return Field(name, "lines", f"{hint} {more}{told}", default)
     suggestions = {"pattern": PATTERNS, "calibration": NAMES, "device": ("auto", "cpu", "cuda")}.get(name, ())
     return Field(name, "text", hint, default, suggestions=suggestions)
 
@@ -144,7 +146,7 @@ def _value(field: Field, text: str) -> Any:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if field.name == "metadata":
             return {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
-        return [] if field.name == "eval" and lines == [_NONE] else lines
+        return [] if field.name in _MAY_BE_NONE and lines == [_NONE] else lines
     return {"yes": True, "no": False}.get(text, text) if field.choices.keys() == {"yes", "no"} else text
 
 
@@ -161,5 +163,5 @@ def _text(name: str, value: Any) -> str:
         case dict():
             return "\n".join(f"{key}={item}" for key, item in value.items())
         case list() | tuple():
-            return "\n".join(map(str, value)) or (_NONE if name == "eval" else "")
+            return "\n".join(map(str, value)) or (_NONE if name in _MAY_BE_NONE else "")
     return _shown(value)
