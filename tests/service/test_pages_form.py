@@ -38,7 +38,7 @@ def test_the_form_has_every_field_of_a_request(pages: Pages) -> None:
     """With its description; all are empty, which is the default. Remote code is refused and webhooks are for programs."""
     text = pages.get("/")
     found = values(text)
-    assert found.keys() == JobRequest.model_fields.keys() - {"trust_remote_code", "webhook"}
+    assert found.keys() == JobRequest.model_fields.keys() - {"trust_remote_code", "tasks_path", "webhook"}
     assert set(found.values()) == {""}
     assert "Fraction of zeros among the pruned sites" in text and '<option value="sparsegpt" title="' in text
     assert re.search(r'name="seed"[^>]*min="0"', text) and "default (wanda)" in text and "default (yes)" in text

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from pages_kit import EVIL, Pages, begin, succeed
 
 from llmprune.continuations import Continuations, Continued
+from llmprune.task_report import TaskReport, TaskScore
 from llmprune_service import tables
 from reports import sample_report
 
@@ -49,18 +50,21 @@ def test_a_finished_job_shows_its_report(pages: Pages) -> None:
     assert pages.client.get(f"/ui/jobs/{row.id}/plots/%3Cb%3E.svg").status_code == 404
 
 
-def test_what_both_models_wrote_is_side_by_side(pages: Pages) -> None:
-    """Each prompt with both texts; markup in them is text."""
+def test_what_both_models_wrote_and_scored_is_side_by_side(pages: Pages) -> None:
+    """Each prompt with both texts, markup in them being text; each task with both scores."""
     dense, pruned = (Continued(text=text, tokens=tokens, finished=False) for text, tokens in (("a b", (1, 2)), (EVIL, (1, 3))))
     written = Continuations(prompts=("Once", EVIL), max_new_tokens=2, dense=(dense, dense), pruned=(dense, pruned))
     row = pages.submit()
-    succeed(begin(pages.jobs, row), sample_report(continuations=written))
+    score = TaskScore(task="piqa", metric="acc", dense=0.75, dense_stderr=0.01, pruned=0.5, pruned_stderr=0.02)
+    tasks = TaskReport(harness="0.4", scores=(score,))
+    succeed(begin(pages.jobs, row), sample_report(continuations=written, tasks=tasks))
     text = pages.get(f"/ui/jobs/{row.id}")
     assert re.findall(r"<summary>(\w+)</summary>", text) == ["Once"] and EVIL not in text
     assert re.findall(r'<pre tabindex="0" aria-label="(\w+), after[^>]*>\n([^<]*)</pre>', text) == [
         ("Dense", "a b"), ("Pruned", "a b"), ("Dense", "a b"), ("Pruned", "&lt;script&gt;alert(1)&lt;/script&gt;"),
     ]  # fmt: skip
     assert re.findall(r"(\d) leading tokens agree", text) == ["2", "1"]
+    assert re.search(r">piqa</th>.*0\.7500 ± 0\.0100.*0\.5000 ± 0\.0200", text)
 
 
 def test_a_report_of_another_version_leaves_the_headline(pages: Pages) -> None:

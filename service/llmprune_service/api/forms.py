@@ -21,7 +21,8 @@ from llmprune_service.schemas import DEFAULT_PRIORITY, JobRequest
 FIRST = ("model", "effort", "method", "pattern", "sparsity", "calibration")
 """What the form shows at once; all else is folded away."""
 PATTERNS = ("unstructured", "2:4", "4:8", "mixed", "structured", "blocks", "experts")
-_LEFT_OUT = ("trust_remote_code", "webhook")  # the one is always refused, the other is for programs
+LEFT_OUT = ("trust_remote_code", "tasks_path", "webhook")
+"""The first two are always refused, the last one is for programs."""
 _GROUPS = {
     "Quality": ("scope", "sequential", "skip", "permute", "damping", "allocation", "evolution_"),
     "Reconstruction and refinement": ("reconstruct", "refine", "icbs_"),
@@ -63,7 +64,7 @@ class Group(NamedTuple):
 
 def _make_fields() -> dict[str, Field]:
     schema = JobRequest.model_json_schema()
-    return {name: _field(name, part) for name, part in schema["properties"].items() if name not in _LEFT_OUT}
+    return {name: _field(name, part) for name, part in schema["properties"].items() if name not in LEFT_OUT}
 
 
 def _field(name: str, part: Mapping[str, Any]) -> Field:

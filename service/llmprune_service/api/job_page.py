@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from llmprune.errors import UserError
-from llmprune.io.formats import number, percent, rate, small, times
+from llmprune.io.formats import change_of, number, percent, rate, small, times, with_error
 from llmprune.io.grid import make_grid
 from llmprune.io.plots import standalone
 from llmprune.io.report_plots import plots_of
@@ -84,7 +84,7 @@ def _newest_events(jobs: Jobs, job_id: str) -> Sequence[Row]:
 
 def _tables(report: Report) -> list[Table]:
     """The numbers behind the plots."""
-    return [table for table in (_quality(report), _speeds(report), *_sites(report)) if table.rows]
+    return [table for table in (_quality(report), _tasks(report), _speeds(report), *_sites(report)) if table.rows]
 
 
 def _quality(report: Report) -> Table:
@@ -97,6 +97,15 @@ def _quality(report: Report) -> Table:
         for item in report.quality
     ]  # fmt: skip
     return Table("quality", "Quality", head, rows)
+
+
+def _tasks(report: Report) -> Table:
+    """Scores with their standard errors; ~ marks a change within two of them."""
+    rows = []
+    for score in report.tasks.scores if report.tasks else ():
+        dense, pruned = with_error(score.dense, score.dense_stderr), with_error(score.pruned, score.pruned_stderr)
+        rows.append((score.task, score.metric, dense, pruned, change_of(score)))
+    return Table("tasks", "Zero-shot tasks, score ± standard error", ("Task", "Metric", "Dense", "Pruned", "Change"), rows)
 
 
 def _speeds(report: Report) -> Table:
