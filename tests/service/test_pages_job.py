@@ -44,7 +44,15 @@ def test_a_finished_job_shows_its_report(pages: Pages) -> None:
         assert f'href="/ui/jobs/{row.id}/plots/{name}.svg"' in text
         answer = pages.client.get(f"/ui/jobs/{row.id}/plots/{name}.svg")
         assert answer.status_code == 200 and f"{name}.svg" in answer.headers["content-disposition"]
-    for figure in ("block 0, q_proj: 52.00 %", "61,012", "Output error by site", "20.97", "1.40x", "is noise", "Dense kernels run at the"):
+    for figure in (
+        "block 0, q_proj: 52.00 %",
+        "61,012",
+        "Output error by site",
+        "20.97",
+        "1.40x",
+        "is noise",
+        "Dense kernels run at the",
+    ):
         assert figure in text, figure
     assert pages.client.get(f"/ui/jobs/{row.id}/plots/front.svg").status_code == 404
     assert pages.client.get(f"/ui/jobs/{row.id}/plots/%3Cb%3E.svg").status_code == 404
