@@ -39,6 +39,8 @@ def measure_dense(job: JobState) -> Iterator[Event]:
         directory = first_says(lambda: job.journal.directory if job.journal else None)
         job.own = own_place(directory, job.shares)
         if job.streamed and not all(job.shares.together(lambda: job.journal is not None or job.own is not None)):
+            if job.journal and not job.resumed:
+                job.journal.remove()  # nothing was done
             raise ConfigError(
                 "weights stay on disk where every process sees the folder of --out: each reads from it what the first has "
                 "pruned. Use --offload cpu, or a file system that the machines share."

@@ -125,6 +125,21 @@ def test_one_that_lost_its_hidden_states_goes_through_the_blocks_again(
     assert (out / "model.safetensors").read_bytes() == undisturbed
 
 
+def _see_nothing() -> None:
+    """As on a machine whose disk is another one."""
+    from llmprune.job import measuring
+
+    measuring.own_place = lambda *_: None
+
+
+def test_weights_stay_on_a_disk_that_all_see(job: dict[str, Any], tmp_path: Path) -> None:
+    """One that does not find the first one's folder could not read what is pruned: all stop, and one says why."""
+    work = partial(command, arguments(job, tmp_path / "out", "--offload", "disk"))
+    assert forked.run_several(2, tmp_path / "store", work, before={1: _see_nothing}) == [2, 2]
+    assert "where every process sees the folder of --out" in (tmp_path / "store.0").read_text()
+    assert not (tmp_path / "store.1").read_text() and not (tmp_path / "out.work").exists()
+
+
 def _agent(argv: list[str], endpoint: str, log: str) -> None:
     """One machine's torchrun, with one process."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
