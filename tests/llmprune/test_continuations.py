@@ -182,3 +182,12 @@ def test_a_resumed_job_remembers_what_the_dense_model_wrote(tiny_model_dir: Path
     run.close()  # type: ignore[attr-defined]
     resumed = llmprune.prune(tiny_model_dir, out=tmp_path / "out", resume=True, **how)
     assert resumed.resumed and resumed.continuations == llmprune.prune(tiny_model_dir, **how).continuations is not None
+
+
+def test_a_model_on_disk_writes_nothing_and_says_why(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """Every token would read all of it."""
+    how = {**tiny.QUICK, "prompt": ("the model",), "calibration": str(text_file), "eval": (), "offload": "disk"}
+    found = llmprune.prune(tiny_model_dir, out=tmp_path / "out", **how).continuations
+    assert found is not None and found.verdict.status == "skipped" and found.dense == found.pruned == ()
+    page = Page((tmp_path / "out" / "report.html").read_text()).text
+    assert "every token would read all of it" in page and "How varied" not in page
