@@ -42,7 +42,7 @@ _errors = Console(stderr=True, soft_wrap=True)
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Put the options of ``llmprune prune`` that describe a job in place of the command's ``**config``."""
-    offered = {*PruneConfig.model_fields, "no_eval"} - NOT_OFFERED
+    offered = {*PruneConfig.model_fields, "no_eval", "no_prompt"} - NOT_OFFERED
     config = [option for name, option in inspect.signature(prune, eval_str=True).parameters.items() if name in offered]
     own = [
         option

@@ -141,7 +141,7 @@ def test_a_sink_that_takes_nothing_does_not_hide_the_error(cli: Cli, tiny_model_
     outcome = cli("prune", tiny_model_dir, "--events", "/dev/full")
     assert (outcome.code, outcome.err.splitlines()[-1][:20]) == (2, "Error: --out DIR is ")
     with pytest.raises(OSError, match="No space left"):
-        cli("evaluate", tiny_model_dir, "--eval", quick[1], *QUICK[2:], "--events", "/dev/full")
+        cli("evaluate", tiny_model_dir, "--eval", quick[1], *QUICK[2:-1], "--events", "/dev/full")
 
 
 def test_a_traceback_goes_to_stderr_and_not_to_the_events(tiny_model_dir: Path, text_file: Path) -> None:

@@ -38,7 +38,7 @@ def test_submit_has_the_options_of_prune() -> None:
     """All that describe a job, as the same objects; none of them runs a model's own code."""
     of_prune = inspect.signature(prune, eval_str=True).parameters
     of_submit = inspect.signature(submit).parameters
-    shared = [name for name in of_prune if name in PruneConfig.model_fields or name == "no_eval"]
+    shared = [name for name in of_prune if name in PruneConfig.model_fields or name in ("no_eval", "no_prompt")]
     assert len(shared) > 15
     for name in shared:
         assert name == "trust_remote_code" or of_submit[name] == of_prune[name]
