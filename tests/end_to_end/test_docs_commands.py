@@ -51,13 +51,22 @@ VALUES = {"--methods": 2, "--patterns": 1, "--sparsities": 1, "--allocations": 1
 QUICK: dict[str, list[str]] = {
     "prune": ["--num-samples", "--seq-len", "--max-eval-tokens", "--no-latency", "--no-prompt"],
     "sweep": ["--num-samples", "--seq-len", "--max-eval-tokens", "--no-latency", "--no-prompt"],
+    "auto": [
+        "--num-samples",
+        "--seq-len",
+        "--max-eval-tokens",
+        "--no-prompt",
+        "--methods=wanda",
+        "--patterns=unstructured",
+        "--step=0.2",
+    ],
     "plan": ["--num-samples", "--seq-len", "--max-eval-tokens"],
     "evaluate": ["--seq-len", "--max-eval-tokens", "--no-latency"],
     "recover": ["--num-samples", "--seq-len", "--max-eval-tokens", "--steps", "--batch-size"],
     "benchmark": ["--seconds", "--prefill-tokens", "--batch-sizes"],
     "generate": ["--max-new-tokens"],
 }
-"""Options that a command gets where the page does not give them."""
+"""Options that a command gets where the page does not give them, with a value or the one of LIMITS."""
 QUICK_IF: dict[str, list[str]] = {
     "tyr": ["--tyr-iterations", "--tyr-generations", "--tyr-offspring"],
     "icbs": ["--icbs-passes", "--icbs-block-size", "--icbs-layers-per-step", "--icbs-sequences"],
@@ -160,7 +169,8 @@ def change(tiny_model_dir: Path, deep_model_dir: Path, moe_model_dir: Path, text
         added = [*QUICK.get(words[0], ()), *(option for word in words for option in QUICK_IF.get(word, ()))]
         known = {name for option in COMMANDS[words[0]].params for name in (*option.opts, *option.secondary_opts)}
         for option in dict.fromkeys(added):
-            if option not in words and option in known:
+            name = option.partition("=")[0]
+            if name not in words and name in known:
                 words += [option, _limited(option, "inf")] if option in LIMITS else [option]
         for option in TEXTS:
             if option in known and option not in words and "--no-eval" not in words:
@@ -181,7 +191,7 @@ def _clear(arguments: list[str]) -> None:
     out = next((value for option, value in itertools.pairwise(arguments) if option in ("--out", "-o")), None)
     if arguments[0] == "convert" and out is None:
         out = f"{arguments[1].removesuffix('-packed')}-{arguments[arguments.index('--to') + 1]}"
-    if out and "--resume" not in arguments and arguments[0] in ("prune", "recover", "convert"):
+    if out and "--resume" not in arguments and arguments[0] in ("prune", "recover", "convert", "auto"):
         assert not Path(out).is_absolute()
         shutil.rmtree(out, ignore_errors=True)
 
