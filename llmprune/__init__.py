@@ -16,11 +16,13 @@ from llmprune.errors import LlmpruneError, UserError
 from llmprune.registration import register as _register
 from llmprune.report import Benchmark, Conversion, Evaluation, Fetched, Generation, Inspection, Plan, Recovery, Report
 from llmprune.spec import PruneConfig
-from llmprune.sweep_report import Comparison, SweepReport
-from llmprune.sweep_spec import SweepConfig
+from llmprune.sweep_report import AutoReport, Comparison, SweepReport
+from llmprune.sweep_spec import AutoConfig, SweepConfig
 
 if TYPE_CHECKING:
     from llmprune.api import (
+        auto,
+        auto_iter,
         benchmark,
         compare,
         convert,
@@ -41,15 +43,15 @@ if TYPE_CHECKING:
     )
 
 _LAZY = (
-    "benchmark", "compare", "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load", "plan", "prune",
-    "prune_iter", "read_report", "recover", "recover_iter", "sweep", "sweep_iter",
+    "auto", "auto_iter", "benchmark", "compare", "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load",
+    "plan", "prune", "prune_iter", "read_report", "recover", "recover_iter", "sweep", "sweep_iter",
 )  # fmt: skip
 
 __all__ = [
-    "Benchmark", "Comparison", "Conversion", "Evaluation", "Fetched", "Generation", "Inspection", "LlmpruneError", "Plan",
-    "PruneConfig", "Recovery", "Report", "SweepConfig", "SweepReport", "UserError", "__version__", "benchmark", "compare",
-    "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load", "plan", "prune", "prune_iter",
-    "read_report", "recover", "recover_iter", "sweep", "sweep_iter",
+    "AutoConfig", "AutoReport", "Benchmark", "Comparison", "Conversion", "Evaluation", "Fetched", "Generation", "Inspection",
+    "LlmpruneError", "Plan", "PruneConfig", "Recovery", "Report", "SweepConfig", "SweepReport", "UserError", "__version__",
+    "auto", "auto_iter", "benchmark", "compare", "convert", "evaluate", "export_report", "fetch", "generate", "inspect", "load",
+    "plan", "prune", "prune_iter", "read_report", "recover", "recover_iter", "sweep", "sweep_iter",
 ]  # fmt: skip
 
 

@@ -26,6 +26,8 @@ from llmprune.recovery import recover as recover
 from llmprune.recovery import recover_iter as recover_iter
 from llmprune.report import Report
 from llmprune.spec import PruneConfig
+from llmprune.sweeps.auto import auto as auto
+from llmprune.sweeps.auto import auto_iter as auto_iter
 from llmprune.sweeps.comparing import compare as compare
 from llmprune.sweeps.running import sweep as sweep
 from llmprune.sweeps.running import sweep_iter as sweep_iter

@@ -92,7 +92,7 @@ from llmprune.cli_options import (
 )  # fmt: skip
 from llmprune.cli_recover import recover
 from llmprune.cli_report import report
-from llmprune.cli_sweep import compare, sweep, with_options_of
+from llmprune.cli_sweep import auto, compare, sweep, with_options_of
 from llmprune.console import print_report, printable
 from llmprune.errors import ConfigError, LlmpruneError
 from llmprune.events import Downloaded, Evaluated, Finished
@@ -365,6 +365,8 @@ def inspect(
 
 sweep = with_options_of(prune, sweep)
 app.command(epilog="Example: llmprune sweep demo --methods wanda,sparsegpt --sparsities 0.4,0.5,0.6 --out sweep")(sweep)
+auto = with_options_of(prune, auto)
+app.command(epilog="Example: llmprune auto demo --max-perplexity-increase 5% --out best")(auto)
 app.command(epilog="Example: llmprune compare pruned other-pruned --out comparison.html")(compare)
 app.command(epilog="Example: llmprune convert pruned --to packed")(convert)
 app.command(epilog="Example: llmprune recover pruned --out recovered")(recover)

@@ -1,4 +1,4 @@
-"""``llmprune sweep`` and ``llmprune compare``: many settings at once, and finished checkpoints side by side."""
+"""``llmprune sweep``, ``auto`` and ``compare``: many settings at once, the best within a budget, checkpoints side by side."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from llmprune.cli_options import (
 )
 from llmprune.console import printable
 from llmprune.errors import ConfigError, OutputError, one_line
-from llmprune.events import Swept
+from llmprune.events import Searched, Swept
 from llmprune.io.pareto import AXES, columns
-from llmprune.sweep_report import Comparison, SweepReport
+from llmprune.sweep_report import AutoReport, Comparison, SweepReport
 from llmprune.sweep_spec import FIELD_OF, MAX_POINTS, AutoConfig, SweepConfig, values_of
+from llmprune.sweeps.budget import LABELS, QUANTITIES, quantity_text
 from llmprune.sweeps.comparing import compare as compare_reports
 from llmprune.sweeps.page import FORMATS, STAR, field_text, render
 from llmprune.sweeps.points import plotted
@@ -54,6 +55,12 @@ def with_options_of(prune: Callable[..., None], command: Callable[..., None]) ->
 def axis_option(field: str, *names: str, kind: type[SweepConfig] | type[AutoConfig] = SweepConfig) -> Any:
     """An option of several values, described by the field."""
     return typer.Option(*names, help=f"{kind.model_fields[field].description} Separated by commas.", show_default=False)
+
+
+def _auto_option(field: str) -> Any:
+    """An option of a search, described by its field."""
+    info = AutoConfig.model_fields[field]
+    return typer.Option(f"--{field.replace('_', '-')}", help=info.description, show_default=str(info.default or False))
 
 
 def sweep(
@@ -96,6 +103,73 @@ def sweep(
     if last.sweep.num_failed:
         error_console.print(f"{last.sweep.num_failed} of {len(last.sweep.points)} points failed.", style="red", markup=False)
         raise typer.Exit(1)
+
+
+def auto(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New directory for the checkpoint of the best model.")],
+    max_perplexity_increase: Annotated[str | None, _auto_option("max_perplexity_increase")] = None,
+    max_kl: Annotated[float | None, _auto_option("max_kl")] = None,
+    min_speedup: Annotated[float | None, _auto_option("min_speedup")] = None,
+    max_size: Annotated[str | None, _auto_option("max_size")] = None,
+    speed_of: Annotated[str | None, _auto_option("speed_of")] = None,
+    methods: Annotated[str | None, axis_option("methods", "--methods", "-m", kind=AutoConfig)] = None,
+    patterns: Annotated[str | None, axis_option("patterns", "--patterns", "-p", kind=AutoConfig)] = None,
+    allocations: Annotated[str | None, axis_option("allocations", "--allocations", kind=AutoConfig)] = None,
+    min_sparsity: Annotated[float | None, _auto_option("min_sparsity")] = None,
+    max_sparsity: Annotated[float | None, _auto_option("max_sparsity")] = None,
+    step: Annotated[float | None, _auto_option("step")] = None,
+    proxy_windows: Annotated[int | None, _auto_option("proxy_windows")] = None,
+    max_trials: Annotated[int | None, _auto_option("max_trials")] = None,
+    events: EventsFile = None,
+    as_json: Json = False,
+    **config: Any,
+) -> None:
+    """Find the best MODEL within a budget: the sparsest within bounds on quality, or the best one that is small or fast enough.
+
+    At least one of --max-perplexity-increase, --max-kl, --min-speedup, --max-size. What is found is an ordinary checkpoint;
+    where nothing meets the budget, the error says how close the nearest came. The same command goes on where it was stopped.
+    """
+    own = {name: value for name, value in locals().items() if name in AutoConfig.model_fields and name != "base"}
+    own |= {"methods": values_of(methods), "patterns": values_of(patterns), "allocations": values_of(allocations)}
+    check_streams(events, as_json)
+    with event_sink(events) as sink:
+        with heavy_imports():
+            from llmprune.sweeps.auto import auto_iter, require_found
+        run = auto_iter(out=out, **config_fields(config), **own)
+        last = follow(run, sink, interrupted="Interrupted. Jobs that are done are kept: the same command goes on.")
+        assert isinstance(last, Searched)
+        if as_json:
+            print_json(last.search)
+        elif events != "-":
+            print_search(last.search, Console())
+        require_found(last.search)
+
+
+def print_search(search: AutoReport, console: Console) -> None:
+    """All that was tried, held against the budgets; what was found, and where it is."""
+    budgets = search.config.budgets
+    table = make_table("Tried", "windows", *(LABELS[QUANTITIES[name]] for name in budgets), "sparsity", "")
+    for trial in search.trials:
+        cells = (quantity_text(name, trial.worst.get(QUANTITIES[name])) for name in budgets)
+        sparsity = AXES["sparsity"].text(trial.point.values.get("sparsity"))
+        kind = "all" if trial.kind == "confirmed" else "few"
+        add_row(
+            table,
+            trial.point.name,
+            kind,
+            *cells,
+            sparsity,
+            "failed" if trial.point.error else "" if trial.missed else "meets it",
+        )
+    console.print(table)
+    if search.best is None:
+        return
+    console.print(Text(printable(search.text)), soft_wrap=True)
+    where = Path(search.out).resolve()
+    console.print(
+        Text(f"Checkpoint  {printable(str(where))}\nPage        {printable(str(where / 'auto.html'))}"), soft_wrap=True
+    )
 
 
 def compare(

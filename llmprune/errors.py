@@ -21,7 +21,8 @@
         ├── DiskFull              no space left for the work directory or the checkpoint
         ├── DoesNotFit            the plan needs more memory or disk than there is
         ├── OutOfMemory           a job under way asked the device or the machine for more memory than it has
-        └── ResumeRefused         the work directory belongs to another run; names the field
+        ├── ResumeRefused         the work directory belongs to another run; names the field
+        └── BudgetNotMet          a search found no model within its budget; says how close the nearest came
 
 A message says what is wrong, what is allowed, and the remedy, in one line.
 """
@@ -128,3 +129,7 @@ class OutOfMemory(UserError):
 
 class ResumeRefused(UserError):
     """The work directory belongs to a run with another fingerprint."""
+
+
+class BudgetNotMet(UserError):
+    """No model that was tried is within the budget."""

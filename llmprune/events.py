@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from llmprune.report import Benchmark, BlockReport, Conversion, Evaluation, Fetched, Generation, Recovery, Report, SiteReport
-from llmprune.sweep_report import PointReport, SweepReport
+from llmprune.sweep_report import AutoReport, PointReport, SweepReport
 
 Stage = Literal[
     "fetch", "load", "calibration", "dense", "allocate", "prune", "structure", "refine", "reconstruct", "pruned", "save",
@@ -170,6 +170,13 @@ class Swept(_Event):
     sweep: SweepReport
 
 
+class Searched(_Event):
+    """A search within a budget is over; carries what it found, if anything, and all that it tried."""
+
+    event: Literal["searched"] = "searched"
+    search: AutoReport
+
+
 class Failed(_Event):
     """The run ended by an error, whose class and one-line message this is; the last line ``--events`` writes.
 
@@ -192,7 +199,7 @@ class Finished(_Event):
 Event = Annotated[
     StageStarted | Progress | StageFinished | BlockStarted | SitePruned | BlockFinished | Warned | Evaluated | Benchmarked
     | TextPiece | TextGenerated | Downloaded | Converted | Recovered | PointStarted | PointFinished
-    | Swept | Failed | Finished,
+    | Swept | Searched | Failed | Finished,
     Field(discriminator="event"),
 ]  # fmt: skip
 _adapter: TypeAdapter[Event] = TypeAdapter(Event)

@@ -1,4 +1,4 @@
-"""What came of many jobs on one model: :class:`Comparison` and :class:`SweepReport`. Torch-free."""
+"""What came of many jobs on one model: :class:`Comparison`, :class:`SweepReport` and :class:`AutoReport`. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Literal
 
 from llmprune.spec import PruneConfig
 from llmprune.speed import Part
-from llmprune.sweep_spec import SweepConfig
+from llmprune.sweep_spec import AutoConfig, SweepConfig
 
 PointStatus = Literal["done", "failed"]
+TrialKind = Literal["proxy", "confirmed"]
 
 
 class PointReport(Part):
@@ -52,3 +53,42 @@ class SweepReport(Comparison):
     def num_failed(self) -> int:
         """Points that ended in an error."""
         return sum(point.status == "failed" for point in self.points)
+
+
+class Trial(Part):
+    """One job of a search: on a few windows (``proxy``), or on the whole text (``confirmed``).
+
+    ``measured`` are the quantities that budgets bound (``perplexity_increase`` and ``kl`` of the worst text, ``speedup``,
+    ``size``); ``unseen`` is the quality on the windows of a confirmation that the search had not looked at. ``missed`` are the
+    budgets that they break: all, where the job failed.
+    """
+
+    kind: TrialKind
+    point: PointReport
+    measured: dict[str, float] = {}
+    unseen: dict[str, float] = {}
+    missed: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> dict[str, float]:
+        """What is held against the budgets: of quality the worse of all windows and of those that were not seen."""
+        return self.measured | {key: max(value, self.measured[key]) for key, value in self.unseen.items()}
+
+
+class AutoReport(Part):
+    """What a search found and all that it tried; the schema of ``auto.json``.
+
+    ``best`` is None where nothing met the budget; ``nearest`` is what came closest then. ``binding`` are the budgets that the
+    next step beyond the best one breaks. ``objective``: what of the models within the budget the best one is best in.
+    """
+
+    config: AutoConfig
+    objective: Literal["sparsity", "kl"]
+    best: Trial | None
+    nearest: Trial | None = None
+    binding: tuple[str, ...] = ()
+    trials: tuple[Trial, ...]
+    tried: Comparison
+    text: str
+    out: str
+    seconds: float

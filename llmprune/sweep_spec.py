@@ -162,7 +162,8 @@ class AutoConfig(_ManyJobs):
     )
     methods: Names = Field((), description="Methods to try. Default: wanda and sparsegpt, and flap for pattern structured.")
     patterns: Names = Field(
-        (), description="Patterns to try. Default: unstructured; with a bound on size or speed also 2:4 and structured."
+        (),
+        description="Patterns to try. Default: unstructured; with max_size 2:4 and structured too, with min_speedup these two.",
     )
     allocations: Names = Field((), description="Allocations to try. Default: uniform and owl; n:m patterns take uniform alone.")
     min_sparsity: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="Lowest sparsity to try.")
@@ -171,7 +172,7 @@ class AutoConfig(_ManyJobs):
     proxy_windows: Annotated[int, Field(ge=1)] = Field(
         8, description="Windows of each evaluation text that the search looks at; all of them confirm what it finds."
     )
-    max_trials: Annotated[int, Field(ge=1)] = Field(100, description="Jobs at most, cheap ones and confirmations together.")
+    max_trials: Annotated[int, Field(ge=1)] = Field(100, description="Cheap jobs at most; up to 8 confirmations come on top.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -221,6 +222,8 @@ class AutoConfig(_ManyJobs):
         patterns = self.patterns
         if not patterns and "pattern" in given:
             patterns = (self.base.pattern,)
+        if not patterns and self.min_speedup is not None:
+            patterns = ("2:4", "structured")
         patterns = patterns or (("unstructured", "2:4", "structured") if self.bounds_cost else ("unstructured",))
         methods = self.methods or ((self.base.method,) if "method" in given else ())
         if not methods:

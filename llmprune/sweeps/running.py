@@ -53,7 +53,7 @@ DENSE = "dense"
 _ONLY_REPORT = {REPORT, "report.html", "README.md"}
 _BEST = ("sparsity", "perplexity")
 """Axes of the front whose checkpoints are kept where only the best are."""
-_ENDS_ALL = (
+ENDS_ALL = (
     ModelNotFound, HubUnreachable, GatedModel, UnsafeModel, CorruptCheckpoint, TextError, DiskFull,
 )  # fmt: skip
 """Errors of the model, the text or the disk: every other point would end in the same."""
@@ -208,7 +208,7 @@ class _Sweep:
                     seconds = time.perf_counter() - start
                     return done_point(event.report, name, directory=str(folder), kept=True, seconds=seconds)
                 yield event
-        except _ENDS_ALL:
+        except ENDS_ALL:
             raise
         except Exception as error:  # the other points are not to blame
             return failed_point(config, name, error, time.perf_counter() - start)

@@ -15,6 +15,7 @@ from llmprune.io.text import NAMES
 from llmprune.methods import METHODS, STRUCTURAL, Method
 from llmprune.recovery_spec import RecoverConfig
 from llmprune.spec import PruneConfig
+from llmprune.sweep_spec import AutoConfig, SweepConfig
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
@@ -47,6 +48,13 @@ def test_every_field_describes_itself(field: str) -> None:
 def test_every_field_of_a_recovery_is_in_the_guide(field: str) -> None:
     """Among the options of its section."""
     section = GUIDE[GUIDE.index("## Recovery") : GUIDE.index("## Events")]
+    assert f"`--{field.replace('_', '-')}`" in section
+
+
+@pytest.mark.parametrize("field", sorted({*SweepConfig.model_fields, *AutoConfig.model_fields} - {"base"}))
+def test_every_field_of_a_sweep_and_a_search_is_in_the_guide(field: str) -> None:
+    """Among the options of their section."""
+    section = GUIDE[GUIDE.index("## Sweeps") : GUIDE.index("## Recovery")]
     assert f"`--{field.replace('_', '-')}`" in section
 
 

@@ -29,6 +29,7 @@ RANKS = {
 }  # fmt: skip
 TORCH_FREE = (
     "sweep_spec", "sweep_report", "cli_sweep", "sweeps/__init__", "sweeps/points", "sweeps/page", "sweeps/comparing",
+    "sweeps/budget", "sweeps/searching",
     "_version", "efforts", "errors", "registration", "patterns", "spec", "speed", "pruning", "structure", "recovery_spec",
     "report", "events", "terminal", "speed_tables", "console", "tables", "cli", "cli_convert", "cli_measure", "cli_options",
     "cli_recover", "methods/__init__", "allocate/__init__", "allocate/budget", "__init__", "io/headers", "io/course",

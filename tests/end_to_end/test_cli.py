@@ -28,8 +28,8 @@ from llmprune.spec import PruneConfig
 
 Cli = Callable[..., Any]
 COMMANDS = (
-    "benchmark", "compare", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune", "recover",
-    "report", "sweep",
+    "auto", "benchmark", "compare", "convert", "evaluate", "fetch", "generate", "inspect", "methods", "plan", "prune",
+    "recover", "report", "sweep",
 )  # fmt: skip
 QUICK = ("--num-samples", 4, "--seq-len", 32, "--max-eval-tokens", 512, "--no-latency", "--no-prompt")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")

@@ -71,6 +71,16 @@ def test_serving_example_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path
         thread.join(30)
 
 
+def test_sweeping_example_runs() -> None:
+    """Points with a front, and a model that meets the budget."""
+    example = ROOT / "examples" / "sweep_and_choose.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=240, check=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert [line[2:].split(":")[0] for line in lines[:2]] == ["magnitude-0.5", "wanda-0.5"]
+    assert any(line.startswith("*") for line in lines[:2])
+    assert "is the sparsest within the budget" in lines[2] and "perplexity" in lines[3]
+
+
 def test_bundled_model_is_small_and_has_learnt() -> None:
     """Under 12 MB; on held-out text far below the n-gram baseline's 39.5 that its card states."""
     assert sum(file.stat().st_size for file in BUNDLED_PATH.iterdir()) < 12e6

@@ -497,7 +497,7 @@ def test_public_functions_are_no_submodules() -> None:
     """Importing a submodule binds its name in the package: a public function of that name would be gone."""
     functions = [name for name in llmprune.__all__ if callable(getattr(llmprune, name)) and name.islower()]
     known = "benchmark compare convert evaluate export_report fetch generate inspect load plan prune prune_iter read_report"
-    assert sorted(functions) == [*known.split(), "recover", "recover_iter", "sweep", "sweep_iter"]
+    assert sorted(functions) == ["auto", "auto_iter", *known.split(), "recover", "recover_iter", "sweep", "sweep_iter"]
     assert all(importlib.util.find_spec(f"llmprune.{name}") is None for name in functions)
     assert set(llmprune.__all__) <= set(dir(llmprune))
     with pytest.raises(AttributeError, match="no attribute 'prun'"):

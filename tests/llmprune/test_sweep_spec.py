@@ -109,13 +109,14 @@ def test_what_a_search_tries() -> None:
         ("wanda", "uniform"), ("wanda", "owl"), ("sparsegpt", "uniform"), ("sparsegpt", "owl")
     ]  # fmt: skip
     assert {(job.pattern, job.export, job.sparsity) for job in free} == {("unstructured", "dense", 0.05)}
-    config = auto(min_speedup=1.3, methods=("sparsegpt", "flap"))
+    config = auto(max_size="1GB", methods=("sparsegpt", "flap"))
     found = [(job.method, job.pattern, job.allocation, job.export) for job in config.families()]
     assert found == [
         ("sparsegpt", "unstructured", "uniform", "packed"), ("sparsegpt", "unstructured", "owl", "packed"),
         ("sparsegpt", "2:4", "uniform", "packed"), ("flap", "structured", "uniform", "dense"),
     ]  # fmt: skip
     assert [config.at(job, 0.4).sparsity for job in config.families()] == [0.4, 0.4, 0.5, 0.4]
+    assert [job.pattern for job in auto(min_speedup=1.3, methods=("wanda", "flap")).families()] == ["2:4", "structured"]
     one = auto({"method": "ria", "pattern": "4:8"}, max_kl=0.1).families()
     assert [(job.method, job.pattern) for job in one] == [("ria", "4:8")]
 
