@@ -192,7 +192,7 @@ class _Lab:
 
     def _cheap(self, config: PruneConfig) -> PruneConfig:
         latency = self.config.min_speedup is not None
-        return config.model_copy(update={"max_eval_tokens": self.proxy_tokens, "latency": latency})
+        return config.model_copy(update={"max_eval_tokens": self.proxy_tokens, "latency": latency, "prompt": (), "tasks": ()})
 
     def _file(self, kind: TrialKind, config: PruneConfig) -> Path:
         return self.work / f"{kind}-{point_name(config, {})}.json"
