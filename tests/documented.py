@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "triton_kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = ("sh", "python")
-SERVICE = ("serve", "worker", "submit", "jobs", "sweeps", "keys", "hub-token", "migrate", "quickstart")
+SERVICE = ("serve", "worker", "submit", "submit-auto", "jobs", "sweeps", "keys", "hub-token", "migrate", "quickstart")
 _BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<excuse>[^\n]+) -->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.M | re.S
 )

@@ -27,7 +27,9 @@ from llmprune.events import (
     Event,
     Failed,
     Finished,
+    PointFinished,
     Progress,
+    Searched,
     Stage,
     StageFinished,
     StageStarted,
@@ -36,9 +38,11 @@ from llmprune.events import (
 )
 from llmprune.report import BlockReport
 from llmprune.spec import PruneConfig
+from llmprune.sweep_spec import AutoConfig
 from llmprune_service import processes
-from llmprune_service.commands import arguments, fetch_arguments
+from llmprune_service.commands import arguments, auto_arguments, fetch_arguments
 from llmprune_service.execution import Draining, Execution
+from llmprune_service.points import finite
 from llmprune_service.schemas import Phase
 from llmprune_service.settings import Settings
 from llmprune_service.store import Store
@@ -67,7 +71,7 @@ class ChildFailed(Exception):
 
 @dataclass
 class ChildJob:
-    """``llmprune prune`` (or ``fetch``) for one job. ``watch`` raises what stops it."""
+    """``llmprune prune`` (``auto``, ``fetch``) for one job. ``watch`` raises what stops it; ``config`` is a search's base."""
 
     execution: Execution
     config: PruneConfig
@@ -77,6 +81,7 @@ class ChildJob:
     watch: Callable[[], None]
     store: Store
     fetch: bool = False
+    search: AutoConfig | None = None
     _lines: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
     _failure: Failed | None = None
     _finished: bool = False
@@ -140,15 +145,18 @@ class ChildJob:
         match event:
             case StageStarted():
                 self._begin(event)
-            case Progress(detail=detail, stage="pruned") if detail == _LATENCY:
+            case Progress(detail=detail, stage="pruned") if detail == _LATENCY and self.search is None:
                 self.execution.enter("benchmark")
             case Progress():
                 self._progress(event.stage, event.done, event.total, event.detail, value=event.value)
             case StageFinished():
                 self.execution.say("job.metric", {"name": "stage", **event.model_dump(exclude={"event"})})
             case BlockFinished():
-                self._block(event)
+                if self.search is None:  # its jobs have blocks, it has none
+                    self._block(event)
                 return True
+            case PointFinished():
+                self._point(event)
             case Warned():
                 self.execution.say("job.log", {"level": "warning", "message": self._clean(event.message)})
             case _:
@@ -160,13 +168,15 @@ class ChildJob:
             self._failure = event
         elif isinstance(event, Finished | Downloaded):
             self._finished = True
+        elif isinstance(event, Searched):
+            self._finished = event.search.best is not None
         if isinstance(event, Finished):  # in an earlier attempt, perhaps, whose worker could tell nothing of it
             self._file_missing([(report, None) for report in event.report.blocks], len(event.report.blocks))
 
     def _begin(self, event: StageStarted) -> None:
-        if not self.fetch:
+        if not self.fetch and self.search is None:
             self.execution.enter(_PHASES.get(event.stage, "prune"))
-        if event.stage == "prune" and event.resumed_at:
+        if event.stage == "prune" and event.resumed_at and self.search is None:
             self._file_missing(self._recorded(event.resumed_at), event.total)
         self._began = self.execution.job.updated_at
         self._resumed_at = event.resumed_at
@@ -195,6 +205,12 @@ class ChildJob:
         if not self.store.is_local:
             self._push(event.block)
         self._progress("prune", event.block + 1, event.num_blocks, event.report.name)
+
+    def _point(self, event: PointFinished) -> None:
+        """One job of a search is over."""
+        point = event.point
+        facts = {"index": event.index, "name": point.name, "group": point.group, "reused": event.reused, "error": point.error}
+        self.execution.say("job.point", facts | {"values": finite(point.values), "seconds": point.seconds})
 
     def _file(self, report: BlockReport, num_blocks: int, sha256: str | None) -> None:
         facts = {
@@ -252,6 +268,9 @@ class ChildJob:
         python = [str(self.settings.job_python), "-P", "-m", "llmprune"]
         if self.fetch:
             return [*python, "fetch", *fetch_arguments(config), "--events", "-"]
+        if self.search is not None:
+            search = self.search.model_copy(update={"base": config})
+            return [*python, "auto", *auto_arguments(search), "--out", "checkpoint", "--events", "-"]
         return [*python, "prune", *arguments(config), "--out", "checkpoint", "--resume", "--events", "-"]
 
     def _environment(self) -> dict[str, str]:

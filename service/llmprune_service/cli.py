@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
     for command in (serve, worker, quickstart, cli_jobs.submit, migrate):
         app.command()(command)
     app.command("hub-token")(hub_token)
+    app.command("submit-auto")(cli_sweeps.submit_auto)
     app.add_typer(cli_jobs.jobs)
     app.add_typer(cli_sweeps.sweeps)
     app.add_typer(keys)

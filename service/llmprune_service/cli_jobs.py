@@ -271,11 +271,17 @@ def _print_table(jobs: Sequence[JobView]) -> None:
     for name in ("Job", "status", "model", "method", "sparsity", "result"):
         table.add_column(name, no_wrap=name == "Job", overflow="fold")
     for job in jobs:
-        config = PruneConfig.model_validate(job.config)
-        sparsity = target_percent(config.sparsity) if ":" not in config.pattern else config.pattern
-        cells = (job.id, _status(job), job.model, config.method, sparsity, _result(job))
+        cells = (job.id, _status(job), job.model, *_what(job), _result(job))
         table.add_row(*(Text(printable(cell)) for cell in cells))
     Console().print(table)
+
+
+def _what(job: JobView) -> tuple[str, str]:
+    """Method and sparsity; what a search is to find, its result says."""
+    if job.kind == "auto":
+        return "auto", ""
+    config = PruneConfig.model_validate(job.config)
+    return config.method, target_percent(config.sparsity) if ":" not in config.pattern else config.pattern
 
 
 def _status(job: JobView) -> str:

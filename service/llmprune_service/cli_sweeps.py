@@ -1,4 +1,4 @@
-"""``llmprune sweeps``: sweeps of a service on the command line."""
+"""``llmprune sweeps`` and ``llmprune submit-auto``: many jobs of a service, and the search for the best one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.console import Console
 
 from llmprune.cli import prune
 from llmprune.cli_options import Json, config_fields
-from llmprune.cli_sweep import axis_option, fractions_of, print_comparison, with_options_of
+from llmprune.cli_sweep import auto, axis_option, fractions_of, print_comparison, with_options_of
 from llmprune.console import printable
 from llmprune.errors import ConfigError, OutputError, one_line
-from llmprune.sweep_spec import values_of
-from llmprune_service.cli_jobs import DEFAULT_URL, NOT_OFFERED, Key, Url, connected, pairs, print_json
+from llmprune.sweep_spec import AutoConfig, values_of
+from llmprune_service.cli_jobs import DEFAULT_URL, NOT_OFFERED, Key, Out, Url, complete, connected, pairs, print_json
 from llmprune_service.schemas import AxisName
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ Allocations = Annotated[str | None, axis_option("allocations", "--allocations")]
 Efforts = Annotated[str | None, axis_option("efforts", "--efforts")]
 AXES = ", ".join(get_args(AxisName))
 
+_OF_AUTO_ALONE = {"out", "events", "as_json"}
+
 sweeps = typer.Typer(name="sweeps", help="Sweeps of a service: many settings side by side.", no_args_is_help=True)
 _errors = Console(stderr=True, soft_wrap=True)
 
@@ -45,6 +47,51 @@ def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
     offered = [option for name, option in signature.parameters.items() if name not in NOT_OFFERED]
     command.__signature__ = signature.replace(parameters=offered)  # type: ignore[attr-defined]
     return command
+
+
+def with_options_of_auto(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the options of ``llmprune auto`` that describe a search in place of the command's ``**config``."""
+    offered = inspect.signature(auto).parameters.items()
+    config = [option for name, option in offered if name not in _OF_AUTO_ALONE | NOT_OFFERED]
+    own = [
+        option
+        for option in inspect.signature(command, eval_str=True).parameters.values()
+        if option.kind is not option.VAR_KEYWORD
+    ]
+    command.__signature__ = inspect.Signature([*config, *own])  # type: ignore[attr-defined]
+    return command
+
+
+@with_options_of_auto
+def submit_auto(
+    *,
+    priority: Annotated[int, typer.Option("--priority", min=0, max=9, help="9 is served first.")] = 5,
+    timeout_s: Annotated[int | None, typer.Option("--timeout-s", help="Fail the job after running for so long.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Pairs of your own.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress to the end, then the report.")] = False,
+    out: Out = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: Json = False,
+    **config: Any,
+) -> None:
+    """Queue a search for the best model within a budget; its options are those of `llmprune auto`."""
+    from llmprune_service.follow import check_out
+
+    search = {name: config.pop(name) for name in AutoConfig.model_fields if name in config}
+    lists = {name: values_of(search[name]) for name in ("methods", "patterns", "allocations")}
+    own: dict[str, Any] = {"priority": priority, "timeout_s": timeout_s, "metadata": pairs(metadata or [])}
+    if out is not None:
+        check_out(out)
+    with connected(url, key) as client:
+        job = client.auto(**config_fields(config), **search | lists, **own)
+        if wait or out is not None:
+            complete(client, job.id, out, as_json=as_json)
+        elif as_json:
+            print_json(job)
+        else:
+            typer.echo(job.id)
+            _errors.print(f"Queued. Follow it with `llmprune jobs events {job.id}`.", markup=False)
 
 
 @sweeps.command()

@@ -16,7 +16,17 @@ from llmprune_service import idempotency, tables, webhooks
 from llmprune_service.database import now
 from llmprune_service.engine import Queue, run_id
 from llmprune_service.problems import Problem, not_found
-from llmprune_service.schemas import FINISHED, PHASES, WEBHOOK_EVENTS, Error, JobPatch, JobRequest, JobView, ProgressView
+from llmprune_service.schemas import (
+    FINISHED,
+    PHASES,
+    WEBHOOK_EVENTS,
+    AutoRequest,
+    Error,
+    JobPatch,
+    JobRequest,
+    JobView,
+    ProgressView,
+)
 from llmprune_service.settings import Settings
 from llmprune_service.store import Store, remove_tree
 from llmprune_service.submissions import Submission
@@ -41,7 +51,7 @@ class Jobs:
     def submit(
         self,
         tenant: str,
-        request: JobRequest,
+        request: JobRequest | AutoRequest,
         *,
         revision: str | None = None,
         bytes_reserved: int = 0,
@@ -63,7 +73,7 @@ class Jobs:
             return known, False
         return row, True
 
-    def replay(self, tenant: str, request: JobRequest, idempotency_key: str | None) -> Row | None:
+    def replay(self, tenant: str, request: JobRequest | AutoRequest, idempotency_key: str | None) -> Row | None:
         """The job this key made before, or None; raises Problem 422 if that was for another request."""
         made = idempotency.made_by(self.engine, tenant, request, idempotency_key)
         return None if made is None else self.get(tenant, made)

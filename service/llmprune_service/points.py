@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprune.io.pareto import AXES, Point, pareto_svg, point_of
@@ -21,8 +21,12 @@ _FROM_HEADLINE = {"perplexity": "perplexity_pruned", "kl": "kl", "sparsity": "sp
 
 
 def axis_values(report: Report) -> dict[str, float | str]:
-    """A value for each axis the report has one for, as JSON: what is not finite is a string."""
-    values = point_of(report, "").values
+    """A value for each axis the report has one for, as JSON."""
+    return finite(point_of(report, "").values)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Values as JSON has them: what is not finite is a string."""
     return {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from llmprune.errors import ConfigError, TextError
@@ -12,9 +13,10 @@ from llmprune.io.text import NAMES
 from llmprune.io.text_hub import HubSource
 from llmprune.methods import method_of
 from llmprune.spec import BUNDLED_MODEL, MAX_DEFAULT_SEQ_LEN
+from llmprune.sweep_spec import AXES, FIELD_OF
 from llmprune_service import net
 from llmprune_service.problems import Problem
-from llmprune_service.schemas import JobRequest
+from llmprune_service.schemas import AutoRequest, JobRequest, ServiceFields, SweepRequest
 from llmprune_service.settings import Settings
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -44,6 +46,39 @@ def check(request: JobRequest, settings: Settings) -> None:
         found.setdefault(pointer, detail)
     if found:
         raise refusal(found)
+
+
+def check_all(request: SweepRequest | AutoRequest, jobs: Iterable[JobRequest], settings: Settings) -> None:
+    """As :func:`check` for each job of a request, with all that is wrong with any of them, pointing into the request."""
+    found: dict[str, str] = {}
+    for job in jobs:
+        try:
+            check(job, settings)
+        except Problem as problem:
+            for error in problem.errors:
+                found.setdefault(pointer_into(request, error["pointer"]), error["detail"])
+    if found:
+        raise refusal(found)
+
+
+def check_auto(request: AutoRequest, settings: Settings) -> None:
+    """Raise Problem 422 for a search that tries what this service does not do, or too many kinds of jobs."""
+    if request.base.effort is not None:
+        raise refusal({"/base/effort": "A search tries methods itself: give the fields that an effort sets, or none."})
+    kinds = math.prod(map(len, request.axes().values()))
+    if kinds > settings.max_sweep_points:
+        detail = f"At most {settings.max_sweep_points} combinations of methods, patterns and allocations, got {kinds}."
+        raise refusal({"/methods": detail})
+    check_all(request, request.jobs(), settings)
+
+
+def pointer_into(request: SweepRequest | AutoRequest, pointer: str) -> str:
+    """Where a field of a job comes from: an axis, the submission's own fields, or the base."""
+    field = pointer.split("/")[1]
+    axis = next((axis for axis in AXES if FIELD_OF[axis] == field and getattr(request, axis, None)), None)
+    if axis is not None:
+        return f"/{axis}"
+    return pointer if field in ServiceFields.model_fields else f"/base{pointer}"
 
 
 def refusal(found: Mapping[str, str]) -> Problem:

@@ -16,11 +16,11 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError
 
@@ -34,7 +34,7 @@ from llmprune_service.points import axis_values
 from llmprune_service.problems import Problem
 from llmprune_service.schemas import JobRequest
 from llmprune_service.settings import Settings
-from llmprune_service.store import Store, link_or_copy, remove_tree
+from llmprune_service.store import Artifact, Store, link_or_copy, remove_tree
 from llmprune_service.tokens import hub_token
 
 MANIFEST = "llmprune.json"
@@ -87,16 +87,19 @@ class Runner:
 
     def _check(self) -> None:
         """Validate again: a job may have come straight from the database."""
-        job = self.execution.job
         try:
-            self.config = PruneConfig.model_validate(job.config)
-            policy.check(JobRequest(**job.config, priority=job.priority, metadata=job.metadata), self.settings)
+            self._read_config()
         except (ValidationError, UserError) as error:
             raise JobFailed("invalid_config", " ".join(str(error).split())) from None
         except Problem as problem:
             details = "; ".join(f"{error['pointer'][1:]}: {error['detail']}" for error in problem.errors)
             raise JobFailed("invalid_config", details or problem.detail) from None
         self._check_disk()
+
+    def _read_config(self) -> None:
+        job = self.execution.job
+        self.config = PruneConfig.model_validate(job.config)
+        policy.check(JobRequest(**job.config, priority=job.priority, metadata=job.metadata), self.settings)
 
     def _resolve(self) -> dict[str, Any]:
         """Pin the revision, and ask whether the submitter may have the model, even where it is on disk already."""
@@ -152,14 +155,20 @@ class Runner:
             self._prune()
         self.execution.enter("package")
         self._look()
-        content = (checkpoint / MANIFEST).read_bytes()
-        manifest = json.loads(content)
-        job = self.execution.job
-        digests = manifest["sha256"] | {MANIFEST: hashlib.sha256(content).hexdigest()}
-        artifacts = self.store.put(checkpoint, digests, tenant=job.tenant, job_id=job.id, attempt=job.attempt)
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        artifacts = self._store(checkpoint, manifest["sha256"] | digests_of(checkpoint, (MANIFEST, *self._extra_files)))
         report = Report.model_validate(manifest["report"])
-        self.execution.succeed(report, headline(report), artifacts)
+        self.execution.succeed(report, headline(report) | self._extra_facts(), artifacts)
         return {"files": len(artifacts)}
+
+    _extra_files: ClassVar[tuple[str, ...]] = ()
+
+    def _extra_facts(self) -> dict[str, Any]:
+        return {}
+
+    def _store(self, folder: Path, digests: dict[str, str]) -> list[Artifact]:
+        job = self.execution.job
+        return self.store.put(folder, digests, tenant=job.tenant, job_id=job.id, attempt=job.attempt)
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
@@ -245,9 +254,9 @@ class Runner:
             if earlier == target:
                 continue
             if (earlier / CHECKPOINT / MANIFEST).is_file():
-                _link_tree(earlier / CHECKPOINT, target / CHECKPOINT)
+                link_tree(earlier / CHECKPOINT, target / CHECKPOINT)
                 return
-            if _link_journal(earlier / f"{CHECKPOINT}.work", target / f"{CHECKPOINT}.work"):
+            if link_journal(earlier / f"{CHECKPOINT}.work", target / f"{CHECKPOINT}.work"):
                 break
         if not self.store.is_local:
             self.store.pull_journal(target / f"{CHECKPOINT}.work", tenant=job.tenant, job_id=job.id, generation=job.generation)
@@ -258,6 +267,11 @@ class Runner:
         if job.status == "succeeded":
             remove_tree(self._job_folder)
             self.store.drop_journal(job.tenant, job.id)
+
+
+def digests_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The sha256 of files."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 def headline(report: Report) -> dict[str, Any]:
@@ -293,7 +307,7 @@ def _speed(report: Report, phase: str) -> dict[str, float] | None:
     return found
 
 
-def _link_journal(source: Path, target: Path) -> bool:
+def link_journal(source: Path, target: Path) -> bool:
     """Link the whole records of a journal; False if there is none. Its owner may be writing: what vanishes is tried again."""
     while (source / "run.json").is_file():
         remove_tree(target)
@@ -302,7 +316,7 @@ def _link_journal(source: Path, target: Path) -> bool:
             link_or_copy(source / "run.json", target / "run.json")
             for record in sorted(source.iterdir()):
                 if (record / "record.json").is_file() and not record.name.startswith("."):
-                    _link_tree(record, target / record.name)
+                    link_tree(record, target / record.name)
             if _newest_is_whole(target):
                 return True
     remove_tree(target)
@@ -318,7 +332,8 @@ def _newest_is_whole(journal: Path) -> bool:
     return all((blocks[-1] / file).is_file() for file in named)
 
 
-def _link_tree(source: Path, target: Path) -> None:
+def link_tree(source: Path, target: Path) -> None:
+    """Link the files of a directory into a new one."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
         if file.is_file():

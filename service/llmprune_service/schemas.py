@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from llmprune.spec import PruneConfig
 from llmprune.sweep_spec import AXES as SWEEP_AXES
-from llmprune.sweep_spec import SweepConfig
+from llmprune.sweep_spec import AutoConfig, SweepConfig
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 Kind = Literal["prune", "auto"]
@@ -76,6 +76,20 @@ class SweepRequest(SweepConfig, ServiceFields):
         """One of its jobs."""
         own = self.model_dump(include=set(ServiceFields.model_fields), exclude_unset=True)
         return JobRequest(**config.model_dump(exclude_unset=True), **own)
+
+
+class AutoRequest(AutoConfig, ServiceFields):
+    """The best model within a budget, as one job: the library's AutoConfig, and the service's own fields."""
+
+    @property
+    def config(self) -> AutoConfig:
+        """The library's part: the fields that were set."""
+        return AutoConfig.model_validate(self.model_dump(include=set(AutoConfig.model_fields), exclude_unset=True))
+
+    def jobs(self) -> list[JobRequest]:
+        """A job of every kind that it may try; raises ConfigError where a value is in no job that can be."""
+        own = self.model_dump(include=set(ServiceFields.model_fields), exclude_unset=True)
+        return [JobRequest(**family.model_dump(exclude_unset=True), **own) for family in self.families()]
 
 
 class SweepAxes(_Model):

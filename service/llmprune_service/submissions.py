@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from llmprune_service.ids import new_id
-from llmprune_service.schemas import JobRequest
+from llmprune_service.schemas import AutoRequest, JobRequest
 from llmprune_service.settings import Settings
 
 
@@ -20,7 +20,7 @@ class Submission:
         sweep_id, sweep_index, point: the sweep it belongs to, its number and its name there.
     """
 
-    request: JobRequest
+    request: JobRequest | AutoRequest
     revision: str | None = None
     bytes_reserved: int = 0
     sweep_id: str | None = None
@@ -31,11 +31,13 @@ class Submission:
     def columns(self, settings: Settings) -> dict[str, Any]:
         """Its row, but for tenant and times."""
         request = self.request
-        config = request.config
+        if isinstance(request, AutoRequest):  # what it will be is to be found out
+            what = {"kind": "auto", "model": request.base.model, "method": "auto", "pattern": "auto", "sparsity": 0.0}
+        else:
+            what = {"model": request.model, "method": request.method, "pattern": request.pattern, "sparsity": request.sparsity}
         return {
-            "id": self.id, "status": "queued", "model": config.model, "revision": self.revision, "method": config.method,
-            "pattern": config.pattern, "sparsity": config.sparsity, "priority": request.priority,
-            "config": config.model_dump(mode="json", exclude_unset=True), "metadata": request.metadata, "retries": {},
+            "id": self.id, **what, "status": "queued", "revision": self.revision, "priority": request.priority,
+            "config": request.config.model_dump(mode="json", exclude_unset=True), "metadata": request.metadata, "retries": {},
             "timeout_s": request.timeout_s or settings.max_timeout_s, "bytes_reserved": self.bytes_reserved,
             "webhook": request.webhook.model_dump(mode="json") if request.webhook else None,
             "sweep_id": self.sweep_id, "sweep_index": self.sweep_index, "point": self.point,

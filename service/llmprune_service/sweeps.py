@@ -185,7 +185,7 @@ class Sweeps:
             Submission(request, row.revision, needed, sweep_id=row.id, sweep_index=index, point=name)
             for index, ((name, request), needed) in enumerate(zip(points.items(), bytes_reserved, strict=True), row.num_points)
         ]
-        self._jobs.place(connection, row.tenant, sorted(submissions, key=lambda job: -method_of(job.request).needs))
+        self._jobs.place(connection, row.tenant, sorted(submissions, key=lambda job: -method_of(points[str(job.point)]).needs))
         changed = lock_sweep(connection, row.id, num_points=row.num_points + len(submissions))
         assert changed is not None
         return changed

@@ -31,6 +31,7 @@ from llmprune_service.ids import new_id
 from llmprune_service.jobs import Jobs, Lost
 from llmprune_service.leader import Leader
 from llmprune_service.runner import Runner
+from llmprune_service.searching import SearchRunner
 from llmprune_service.settings import Settings
 from llmprune_service.store import Store, remove_tree
 
@@ -95,7 +96,8 @@ class Worker:
             self._job_id = job_id
             try:
                 step = functools.partial(self._step, job_id, run)
-                Runner(execution, self.store, self.settings, self.devices, self._leaving.is_set, step).run()
+                kind = SearchRunner if execution.job.kind == "auto" else Runner
+                kind(execution, self.store, self.settings, self.devices, self._leaving.is_set, step).run()
             except Lost:
                 log.warning("another worker has the job", extra={"job": job_id})
                 return "lost"

@@ -99,7 +99,7 @@ class Fleet:
     def start(self, number: int = 1, *, version: str = VERSION, **environment: object) -> list[Worker]:
         """Start workers and wait until they have said hello; ``environment`` changes settings, by their names."""
         hello = len(self.jobs.workers()) + number
-        passed_on = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
+        passed_on = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
         everything = passed_on | self._environment | _names(environment)
         logs = [self.folder / f"worker-{len(self.workers) + slot}.log" for slot in range(number)]
         begun = [Worker(everything, log, slot, version) for slot, log in enumerate(logs)]

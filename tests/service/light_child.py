@@ -1,4 +1,4 @@
-"""Stands in for the library where the job engine is tested: called like ``llmprune prune``, without torch.
+"""Stands in for the library where the job engine is tested: called like ``llmprune prune`` or ``auto``, without torch.
 
 It keeps the library's protocol (journal, events, checkpoint; a test runs the real one through the same worker) and costs
 what it is told to. What its bytes are depends on ``--seed`` and on every block having been built on the one before.
@@ -12,6 +12,7 @@ what it is told to. What its bytes are depends on ``--seed`` and on every block 
         network-N      the hub does not answer the first N processes of the job
         crash-B[-N]    death before block B, of the first N processes or of all
         hang-B[-N]     block B takes an hour, in the first N processes or in all
+        unmet          nothing that a search tries is within its budget
 
 Every process appends what it does to ``light.log`` in the service's data directory, a JSON object a line.
 """
@@ -32,36 +33,51 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import GatedModel, HubUnreachable, JournalError, LlmpruneError, OutOfMemory, OutputError, ResumeRefused
+from llmprune.errors import (
+    BudgetNotMet,
+    GatedModel,
+    HubUnreachable,
+    JournalError,
+    LlmpruneError,
+    OutOfMemory,
+    OutputError,
+    ResumeRefused,
+)
 from llmprune.events import (
     BlockFinished,
     BlockStarted,
     Event,
     Failed,
     Finished,
+    PointFinished,
+    PointStarted,
     Progress,
+    Searched,
     SitePruned,
     StageFinished,
     StageStarted,
 )
 from llmprune.report import BlockReport, Environment, ModelReport, Report, SiteReport, StageReport
 from llmprune.spec import PruneConfig
+from llmprune.sweep_report import AutoReport, Comparison, PointReport, Trial
+from llmprune.sweep_spec import AutoConfig
 
 LOG = "light.log"
-_WORK, _OUT = Path("checkpoint.work"), Path("checkpoint")
+_WORK, _OUT, _TRIED = Path("checkpoint.work"), Path("checkpoint"), Path("checkpoint.auto")
 _WEIGHTS, _HIDDEN = "weights.safetensors", "hidden-00000.safetensors"
 _WEIGHT_BYTES = 4096
 
 
 def main() -> None:
     """Parse the command line as a worker writes it, and prune."""
-    assert sys.argv[1:5] == ["-P", "-m", "llmprune", "prune"], sys.argv
+    assert sys.argv[1:4] == ["-P", "-m", "llmprune"] and sys.argv[4] in ("prune", "auto"), sys.argv
     told = {name for name in os.environ if name.startswith("LLMPRUNE_")}
     assert told == {"LLMPRUNE_CACHE", "LLMPRUNE_CACHE_GB"}, "the service's settings are no job's business"
     assert Path(os.environ["LLMPRUNE_CACHE"]).parent == Path(os.environ["HF_HOME"]).with_name("cache"), "later jobs find it"
     options = _parse(sys.argv[5:])
+    assert options.resume == (sys.argv[4] == "prune"), "a search goes on by itself"
     try:
-        Pruning(options).run()
+        (Pruning if sys.argv[4] == "prune" else Searching)(options).run()
     except LlmpruneError as error:
         _say(Failed(error=type(error).__name__, message=str(error), exit_code=error.exit_code))
         sys.exit(error.exit_code)
@@ -227,6 +243,74 @@ class Pruning:
         )  # fmt: skip
 
 
+class Searching(Pruning):
+    """One process of a search: every block of it is a job that is tried, the last one the best, which is then written."""
+
+    def run(self) -> None:
+        """Search, or find it done."""
+        self.note("start")
+        if (_OUT / "auto.json").is_file():
+            _say(Searched(search=AutoReport.model_validate_json((_OUT / "auto.json").read_bytes())))
+            return
+        self.fail_early()
+        self.prune()
+        self.save()
+
+    def prune(self) -> None:
+        """Try what was not tried before."""
+        _TRIED.mkdir(exist_ok=True)
+        for number in range(self.options.num_samples):
+            name, done = f"wanda-0.{number}", _TRIED / f"proxy-{number}.json"
+            _say(PointStarted(name=name, index=number))
+            if not (reused := done.exists()):
+                self.note("begin", number)
+                if self.is_troubled("crash", number):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                _say(StageStarted(stage="prune", total=2))
+                _say(Progress(stage="prune", done=1, total=2))
+                time.sleep(3600 if self.is_troubled("hang", number) else self.options.damping)
+                _write_durably(done, b"{}")
+                self.note("done", number)
+            _say(PointFinished(point=self.point(name), index=number, reused=reused))
+
+    def save(self) -> None:
+        """Write what was found: the best as a checkpoint, with the search beside it."""
+        found = self.search()
+        if found.best is None:
+            _write(_TRIED, found)
+            _say(Searched(search=found))
+            raise BudgetNotMet(found.text)
+        _OUT.mkdir()
+        files = {"model.safetensors": _weights(_first(self.options.seed)), "report.json": b"{}"}
+        digests = {name: _write_durably(_OUT / name, content) for name, content in files.items()}
+        report = self.report(_WEIGHT_BYTES)
+        manifest = {"schema_version": 1, "fingerprint": {}, "sha256": digests, "report": report.model_dump(mode="json")}
+        _write_durably(_OUT / "llmprune.json", json.dumps(manifest).encode())
+        _write(_OUT, found)
+        self.note("end")
+        _say(Searched(search=found))
+
+    def point(self, name: str) -> PointReport:
+        """What was tried."""
+        return PointReport(name=name, config=PruneConfig(), group="wanda", values={"sparsity": 0.5, "perplexity": math.inf})
+
+    def search(self) -> AutoReport:
+        """A report with nothing but the trials in it."""
+        budgets = {name: getattr(self.options, name) for name in ("max_kl", "max_perplexity_increase")}
+        trials = [Trial(kind="proxy", point=self.point(f"wanda-0.{number}")) for number in range(self.options.num_samples)]
+        met = "unmet" not in self.options.skip
+        return AutoReport(
+            config=AutoConfig(**budgets), objective="sparsity", best=trials[-1] if met else None,
+            trials=tuple(trials), tried=Comparison(points=(), x="sparsity", y="kl"), out="checkpoint", seconds=1.0,
+            text="wanda-0.1 is the sparsest within the budget." if met else "Nothing met the budget; the nearest is wanda-0.1.",
+        )  # fmt: skip
+
+
+def _write(folder: Path, found: AutoReport) -> None:
+    _write_durably(folder / "auto.html", b"<p>")
+    _write_durably(folder / "auto.json", found.model_dump_json().encode())
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", choices=["demo"])
@@ -238,7 +322,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", choices=["checkpoint"], required=True)
     parser.add_argument("--events", choices=["-"], required=True)
-    parser.add_argument("--resume", action="store_true", required=True)
+    parser.add_argument("--resume", action="store_true")
+    for name in ("max-kl", "max-perplexity-increase"):
+        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--methods")
     return parser.parse_args(arguments)
 
 

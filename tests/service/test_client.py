@@ -18,7 +18,7 @@ from proxy import Proxy
 from llmprune.errors import ConfigError, OutputError
 from llmprune.report import Report
 from llmprune.spec import PruneConfig
-from llmprune.sweep_spec import SweepConfig
+from llmprune.sweep_spec import AutoConfig, SweepConfig
 from llmprune_service.api.app import create_app
 from llmprune_service.client import ApiError, Client, ServiceUnreachable
 from llmprune_service.database import migrate
@@ -184,6 +184,14 @@ def test_a_sweep_from_submission_to_deletion(client: Client, service: Service) -
     client.sweeps.delete(sweep.id)
     with pytest.raises(ApiError, match="no such sweep"):
         client.sweeps.get(sweep.id)
+
+
+def test_a_search_is_one_job(client: Client) -> None:
+    """Budgets and fields of its jobs by name."""
+    job = client.auto(AutoConfig(max_kl=0.25), num_samples=8, methods=["wanda"])
+    assert (job.kind, job.config) == ("auto", {"base": {"num_samples": 8}, "max_kl": 0.25, "methods": ["wanda"]})
+    with pytest.raises(ConfigError, match="no budget"):
+        client.auto(num_samples=8)
 
 
 def test_what_is_no_sweep_is_refused_at_home_and_by_the_service(client: Client) -> None:

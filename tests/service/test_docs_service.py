@@ -83,7 +83,7 @@ def change(here: Served, cli: Cli, last_job: Callable[[], str]) -> Callable[[str
 
 
 def _light(body: dict[str, Any]) -> str:
-    """The body of a submission, of a job or a sweep."""
+    """The body of a submission, of a job, a sweep or a search."""
     return json.dumps({**body, "base": {**body["base"], **LIGHT}} if "base" in body else {**body, **LIGHT})
 
 
@@ -120,7 +120,7 @@ def request(line: str, folder: Path) -> None:
 def run(command: Command, change: Callable[[str], str], cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process."""
     words = [change(word) for word in command.words[1:]]
-    if "submit" in words[:2]:
+    if {"submit", "submit-auto"} & set(words[:2]):
         words += OPTIONS
     if "--out" in words:
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)

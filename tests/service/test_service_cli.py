@@ -120,6 +120,16 @@ def test_a_sweep_that_fails_says_how_to_go_on(cli: Cli, here: Served) -> None:
     assert "none of its jobs is cancelled" in cli("sweeps", "resume", sweep).err
 
 
+def test_a_search_is_submitted_and_followed(cli: Cli, here: Served, tmp_path: Path) -> None:
+    """Its files come with what was tried; where nothing meets the budget, the error says how close it came."""
+    outcome = cli("submit-auto", *LIGHT, "--max-kl", "0.5", "--methods", "wanda", "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "out" / "auto.json").read_text())["config"]["max_kl"] == 0.5
+    assert "auto" in cli("jobs", "list", "--method", "auto").out
+    refused = cli("submit-auto", *LIGHT, "--skip", "unmet", "--max-kl", "0.5", "--wait")
+    assert refused.code == 1 and "failed (budget_not_met): Nothing met the budget" in refused.err
+
+
 def test_a_failed_job_is_one_line_with_the_remedy(cli: Cli, here: Served, tmp_path: Path) -> None:
     """And exit code 1; nothing is downloaded."""
     outcome = cli("submit", *LIGHT, "--skip", "gated", "--wait", "--out", tmp_path / "out")
@@ -171,6 +181,7 @@ def test_who_stops_watching_leaves_the_job_alone(served: Served) -> None:
         (["jobs", "list", "--key", "prn_wrong"], "A valid API key is needed"),
         (["jobs", "show", "job_x"], "no such job"),
         (["sweeps", "submit"], "a sweep of nothing"),
+        (["submit-auto"], "no budget"),
         (["sweeps", "submit", "--sparsities", "half"], "is not a list of numbers"),
         (["sweeps", "show", "sweep_x", "--x", "beauty"], "is no axis"),
         (["sweeps", "show", "sweep_x"], "no such sweep"),

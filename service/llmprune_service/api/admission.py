@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import anyio
@@ -10,7 +12,7 @@ from fastapi import Header
 
 from llmprune_service import hub, policy
 from llmprune_service.problems import Problem
-from llmprune_service.schemas import JobRequest
+from llmprune_service.schemas import AutoRequest, JobRequest, SweepRequest
 from llmprune_service.settings import Settings
 from llmprune_service.tokens import hub_token
 
@@ -30,9 +32,26 @@ def resolve(body: JobRequest, tenant: str, settings: Settings) -> hub.Resolved:
     return hub.resolve(body.model, body.revision, token=hub_token(settings, tenant), settings=settings)
 
 
-def bytes_needed(resolved: hub.Resolved, *, there: bool = False) -> int:
-    """The download (a model on this disk, or one that another job brings, is ``there``), finished blocks, and checkpoint."""
-    return resolved.weights_bytes * (2 if there or resolved.revision is None else 3)
+def resolve_auto(body: AutoRequest, tenant: str, settings: Settings) -> hub.Resolved:
+    """The same for a search: each kind of job that it may try."""
+    policy.check_auto(body, settings)
+    with pointing_into(body):
+        return resolve(body.jobs()[0], tenant, settings)
+
+
+@contextmanager
+def pointing_into(request: SweepRequest | AutoRequest) -> Iterator[None]:
+    """Problems of a job as those of the request that it is made from."""
+    try:
+        yield
+    except Problem as problem:
+        errors = [{**error, "pointer": policy.pointer_into(request, error["pointer"])} for error in problem.errors]
+        raise Problem(problem.status, problem.code, problem.detail, errors=errors, headers=problem.headers) from None
+
+
+def bytes_needed(resolved: hub.Resolved, *, there: bool = False, checkpoints: int = 1) -> int:
+    """The download (a model on this disk, or one that another job brings, is ``there``), finished blocks, and checkpoints."""
+    return resolved.weights_bytes * (checkpoints + (1 if there or resolved.revision is None else 2))
 
 
 def check_disk(settings: Settings, needed: int) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmprune.sweep_spec import AXES, FIELD_OF, SweepConfig
 from llmprune_service import policy
-from llmprune_service.api.admission import bytes_needed, check_disk, resolve
+from llmprune_service.api.admission import bytes_needed, check_disk, pointing_into, resolve
 from llmprune_service.jobs import Row
-from llmprune_service.problems import Problem
-from llmprune_service.schemas import JobRequest, ServiceFields, SweepAxes, SweepRequest
+from llmprune_service.schemas import JobRequest, SweepAxes, SweepRequest
 from llmprune_service.settings import Settings
 from llmprune_service.sweeps import check_number
 
@@ -43,9 +41,9 @@ def expand(request: SweepRequest, tenant: str, settings: Settings, *, revision: 
         check_number(most, settings)
     jobs = {name: request.job(config) for name, config in request.jobs(max_points=most).items()}
     check_number(len(jobs), settings)
-    _check(request, jobs, settings)
+    policy.check_all(request, jobs.values(), settings)
     first = next(iter(jobs.values()))
-    with _pointing_into(request):
+    with pointing_into(request):
         resolved = resolve(first.model_copy(update={"revision": revision or first.revision}), tenant, settings)
     bytes_first, bytes_each = bytes_needed(resolved), bytes_needed(resolved, there=True)
     check_disk(settings, bytes_first + bytes_each * (len(jobs) - 1))
@@ -66,35 +64,3 @@ def _values(config: SweepConfig, axis: str) -> tuple[Any, ...]:
     of_base = getattr(config.base, FIELD_OF[axis])
     values: tuple[Any, ...] = getattr(config, axis)
     return values or (() if of_base is None else (of_base,))
-
-
-def _check(request: SweepRequest, jobs: Mapping[str, JobRequest], settings: Settings) -> None:
-    """As the policy of single jobs, with all that is wrong with any of them at once."""
-    found: dict[str, str] = {}
-    for job in jobs.values():
-        try:
-            policy.check(job, settings)
-        except Problem as problem:
-            for error in problem.errors:
-                found.setdefault(_pointer(request, error["pointer"]), error["detail"])
-    if found:
-        raise policy.refusal(found)
-
-
-@contextmanager
-def _pointing_into(request: SweepRequest) -> Iterator[None]:
-    """Problems of a job as those of its sweep."""
-    try:
-        yield
-    except Problem as problem:
-        errors = [{**error, "pointer": _pointer(request, error["pointer"])} for error in problem.errors]
-        raise Problem(problem.status, problem.code, problem.detail, errors=errors, headers=problem.headers) from None
-
-
-def _pointer(request: SweepRequest, pointer: str) -> str:
-    """Where a field of a job comes from: an axis, the submission's own fields, or the base."""
-    field = pointer.split("/")[1]
-    axis = next((axis for axis in AXES if FIELD_OF[axis] == field and getattr(request, axis)), None)
-    if axis is not None:
-        return f"/{axis}"
-    return pointer if field in ServiceFields.model_fields else f"/base{pointer}"

@@ -11,16 +11,16 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from llmprune_service.api import auth
-from llmprune_service.api.admission import IdempotencyKey, bytes_needed, check_disk, resolve, submitting
+from llmprune_service.api.admission import IdempotencyKey, bytes_needed, check_disk, resolve, resolve_auto, submitting
 from llmprune_service.api.auth import Principal
 from llmprune_service.api.conditions import TAGGED, IfNoneMatch, matches, tagged, unless_known
 from llmprune_service.api.deps import AfterId, FeedDep, JobId, JobsDep, Limit, SettingsDep, SweepFilter, WaitSeconds
-from llmprune_service.api.feed import Head
+from llmprune_service.api.feed import Feed, Head
 from llmprune_service.api.openapi import KEYED, header, problems
 from llmprune_service.api.views import Validation
 from llmprune_service.jobs import Jobs, Row, view
 from llmprune_service.problems import Problem
-from llmprune_service.schemas import FINISHED, BlockView, JobPatch, JobRequest, JobView, Page, Status
+from llmprune_service.schemas import FINISHED, AutoRequest, BlockView, JobPatch, JobRequest, JobView, Page, Status
 from llmprune_service.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=KEYED)
@@ -39,23 +39,29 @@ _EXAMPLES: Any = {
         "value": {"model": "HuggingFaceTB/SmolLM2-135M", "method": "sparsegpt", "pattern": "2:4", "metadata": {"team": "nlp"}},
     },
 }
-JobBody = Annotated[JobRequest, Body(openapi_examples=_EXAMPLES)]
-
-
-@router.post(
-    "/jobs", status_code=202, response_model=JobView, summary="Submit a job",
-    responses={
-        202: {
-            "description": "Queued; or what became of it meanwhile, with `Prefer: wait`.",
-            "headers": {
-                "Location": header("Where to look at it."),
-                "Idempotent-Replayed": header("`true` if this key made the job before."),
-                "Preference-Applied": header("How long the answer was held at most."),
-            },
-        },
-        **problems(429, 507),
+_BUDGETS: Any = {
+    "bundled": {
+        "summary": "The sparsest variant of the bundled model whose perplexity is at most 5 % higher",
+        "value": {"base": {"num_samples": 16, "max_eval_tokens": 4096, "latency": False}, "max_perplexity_increase": "5%"},
     },
-)  # fmt: skip
+}
+_QUEUED: Any = {
+    202: {
+        "description": "Queued; or what became of it meanwhile, with `Prefer: wait`.",
+        "headers": {
+            "Location": header("Where to look at it."),
+            "Idempotent-Replayed": header("`true` if this key made the job before."),
+            "Preference-Applied": header("How long the answer was held at most."),
+        },
+    },
+    **problems(429, 507),
+}
+JobBody = Annotated[JobRequest, Body(openapi_examples=_EXAMPLES)]
+AutoBody = Annotated[AutoRequest, Body(openapi_examples=_BUDGETS)]
+Prefer = Annotated[str | None, Header(description="`wait=SECONDS`, at most 60: answer when the job has ended.")]
+
+
+@router.post("/jobs", status_code=202, response_model=JobView, summary="Submit a job", responses=_QUEUED)
 async def submit(
     principal: auth.writer,
     body: JobBody,
@@ -64,9 +70,22 @@ async def submit(
     feed: FeedDep,
     response: Response,
     idempotency_key: IdempotencyKey = None,
-    prefer: Annotated[str | None, Header(description="`wait=SECONDS`, at most 60: answer when the job has ended.")] = None,
+    prefer: Prefer = None,
 ) -> JobView:
     """Queue a pruning job. Every field of the library's configuration may be given; `{}` prunes the bundled model to 50 %."""
+    return await _submit(principal, body, request, jobs, feed, response, idempotency_key, prefer)
+
+
+async def _submit(
+    principal: Principal,
+    body: JobRequest | AutoRequest,
+    request: Request,
+    jobs: Jobs,
+    feed: Feed,
+    response: Response,
+    idempotency_key: str | None,
+    prefer: str | None,
+) -> JobView:
     request.app.state.buckets.take(principal.tenant)
     row, created = await to_thread.run_sync(_place, jobs, principal, body, idempotency_key, limiter=submitting)
     if not created:
@@ -81,14 +100,33 @@ async def submit(
     return view(row)
 
 
-def _place(jobs: Jobs, principal: Principal, body: JobRequest, key: str | None) -> tuple[Row, bool]:
+def _place(jobs: Jobs, principal: Principal, body: JobRequest | AutoRequest, key: str | None) -> tuple[Row, bool]:
     """Check what is asked for, pin the model's commit, and queue the job; what was queued before needs none of it."""
     if key is not None and (row := jobs.replay(principal.tenant, body, key)) is not None:
         return row, False
-    resolved = resolve(body, principal.tenant, jobs.settings)
-    needed = bytes_needed(resolved)
+    if isinstance(body, AutoRequest):  # the best so far waits while another one is confirmed
+        resolved = resolve_auto(body, principal.tenant, jobs.settings)
+        needed = bytes_needed(resolved, checkpoints=2)
+    else:
+        resolved = resolve(body, principal.tenant, jobs.settings)
+        needed = bytes_needed(resolved)
     check_disk(jobs.settings, needed)
     return jobs.submit(principal.tenant, body, revision=resolved.revision, bytes_reserved=needed, idempotency_key=key)
+
+
+@router.post("/auto", status_code=202, response_model=JobView, summary="Find the best model within a budget", responses=_QUEUED)
+async def auto(
+    principal: auth.writer,
+    body: AutoBody,
+    request: Request,
+    jobs: JobsDep,
+    feed: FeedDep,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+    prefer: Prefer = None,
+) -> JobView:
+    """Queue a search. It is one job, of kind `auto`: its result is the best model's, with `auto.json` of all that was tried."""
+    return await _submit(principal, body, request, jobs, feed, response, idempotency_key, prefer)
 
 
 @router.post("/jobs:validate", summary="Try a submission out", responses=problems(429))

@@ -18,6 +18,7 @@ from llmprune_service.commands import arguments
 from llmprune_service.jobs import Row
 from llmprune_service.schemas import DEFAULT_PRIORITY
 
+BUDGETS = ("max_perplexity_increase", "max_kl", "min_speedup", "max_size")
 _STAGES = {str(stage): label for stage, label in LABELS.items()}
 
 
@@ -52,7 +53,9 @@ def stage_label(name: str) -> str:
 
 
 def target(row: Row) -> str:
-    """What a job aims at: ``2:4`` or ``62.5 % unstructured``."""
+    """What a job aims at: ``2:4``, ``62.5 % unstructured``, or a budget such as ``max_kl 0.1``."""
+    if row.kind == "auto":
+        return ", ".join(f"{name} {value}" for name, value in row.config.items() if name in BUDGETS)
     return str(row.pattern) if ":" in row.pattern else f"{target_percent(row.sparsity)} {row.pattern}"
 
 
@@ -70,6 +73,8 @@ def describe(event: Row) -> str:
             return _block(data)
         case "metric" if "stage" in data:
             return f"{stage_label(data['stage'])}: {duration(data['seconds'])}"
+        case "point":
+            return f"Tried {data.get('name')}" + (f": {data['error']}" if data.get("error") else "")
         case "log":
             return f"{str(data.get('level')).capitalize()}: {data.get('message')}"
         case "retrying" | "failed":
@@ -139,8 +144,12 @@ def _float(value: float | str | None) -> float | None:
 
 def commands(row: Row, base_url: str, *, auth: bool) -> Commands:
     """What submits this job again, from the very same commit of the model."""
-    pinned = row.config | ({"revision": row.revision} if row.revision else {})
+    commit = {"revision": row.revision} if row.revision else {}
     own = {"priority": row.priority} if row.priority != DEFAULT_PRIORITY else {}
+    if row.kind == "auto":
+        search = row.config | {"base": row.config.get("base", {}) | commit} | own
+        return Commands(curl(search, base_url, auth=auth, path="v1/auto"), None, None)
+    pinned = row.config | commit
     submit = prune = None
     with suppress(ValidationError, UserError):
         words = arguments(PruneConfig.model_validate(pinned))

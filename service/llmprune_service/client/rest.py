@@ -15,9 +15,9 @@ from pydantic import BaseModel, RootModel
 
 from llmprune.report import Report
 from llmprune.spec import PruneConfig
-from llmprune.sweep_spec import SweepConfig
+from llmprune.sweep_spec import AutoConfig, SweepConfig
 from llmprune_service.client.download import download
-from llmprune_service.client.sweeps import SweepClient
+from llmprune_service.client.sweeps import SweepClient, auto_body
 from llmprune_service.client.transport import Patience, ServiceError, ServiceUnreachable, Transport, pages, parse
 from llmprune_service.schemas import (
     FINISHED,
@@ -94,6 +94,18 @@ class Client:
     def sweep(self, config: SweepConfig | None = None, *, idempotency_key: str | None = None, **fields: Any) -> SweepView:
         """Queue a sweep: a config, axes and fields of its jobs by name, or both; as ``sweeps.submit``."""
         return self.sweeps.submit(config, idempotency_key=idempotency_key, **fields)
+
+    def auto(self, config: AutoConfig | None = None, *, idempotency_key: str | None = None, **fields: Any) -> JobView:
+        """Queue a search for the best model within a budget: a config, budgets and fields of its jobs by name, or both.
+
+        It is one job. Where nothing meets the budget it fails with the code ``budget_not_met``.
+
+        Raises:
+            ConfigError: the request makes no sense.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        body = auto_body(config, fields)
+        return parse(JobView, self._transport.request("POST", "/v1/auto", retry=True, json=body, headers=headers).content)
 
     def validate(self, config: PruneConfig | JobRequest | None = None, **fields: Any) -> dict[str, Any]:
         """What the service makes of a job, and what it would need; nothing is queued."""

@@ -11,9 +11,9 @@ from urllib.parse import quote
 import httpx2
 
 from llmprune.spec import PruneConfig
-from llmprune.sweep_spec import AXES, SweepConfig
+from llmprune.sweep_spec import AutoConfig, SweepConfig
 from llmprune_service.client.transport import Transport, pages, parse
-from llmprune_service.schemas import FINISHED, AxisName, SweepExtension, SweepPoints, SweepRequest, SweepView
+from llmprune_service.schemas import FINISHED, AutoRequest, AxisName, SweepExtension, SweepPoints, SweepRequest, SweepView
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 
@@ -97,11 +97,22 @@ class SweepClient:
 
 def sweep_body(config: SweepConfig | None, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are set, as JSON; those of a job are the base's. Raises ConfigError for what makes no sense."""
+    base, own = _split(config, fields)
+    return SweepRequest.build(base, **own).model_dump(mode="json", exclude_unset=True)
+
+
+def auto_body(config: AutoConfig | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a search."""
+    base, own = _split(config, fields)
+    return AutoRequest.build(base, **own).model_dump(mode="json", exclude_unset=True)
+
+
+def _split(config: SweepConfig | AutoConfig | None, fields: Mapping[str, Any]) -> tuple[PruneConfig, dict[str, Any]]:
+    """The base, and what stands beside it."""
     of_jobs = {name: value for name, value in fields.items() if name in PruneConfig.model_fields}
     own = {name: value for name, value in fields.items() if name not in PruneConfig.model_fields}
-    axes = {} if config is None else {axis: getattr(config, axis) for axis in AXES if axis in config.model_fields_set}
-    base = PruneConfig.build(None if config is None else config.base, **of_jobs)
-    return SweepRequest.build(base, **{**axes, **own}).model_dump(mode="json", exclude_unset=True)
+    known = {} if config is None else {name: getattr(config, name) for name in config.model_fields_set - {"base"}}
+    return PruneConfig.build(None if config is None else config.base, **of_jobs), known | own
 
 
 def _sweep(sweep_id: str) -> str:

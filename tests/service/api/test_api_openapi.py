@@ -51,7 +51,8 @@ def test_the_surface_is_the_designed_one(document: dict[str, Any]) -> None:
         f"{job}/resume": "post", f"{job}/retry": "post", f"{job}/events": "get", f"{job}/checkpoints": "get",
         f"{job}/report": "get", f"{job}/report.html": "get", f"{job}/artifacts": "get", f"{job}/artifacts/{{name}}": "get head",
         "/v1/pareto": "get", "/v1/methods": "get", "/v1/workers": "get", "/v1/workers/{worker_id}/drain": "post",
-        "/v1/sweeps": "get post", sweep: "get delete", f"{sweep}/points": "get post", f"{sweep}/points.csv": "get",
+        "/v1/auto": "post", "/v1/sweeps": "get post", sweep: "get delete", f"{sweep}/points": "get post",
+        f"{sweep}/points.csv": "get",
         f"{sweep}/pareto.svg": "get", f"{sweep}/cancel": "post", f"{sweep}/resume": "post", f"{sweep}/retry": "post",
         "/v1/webhooks": "get post", "/v1/webhooks/secret": "get", hook: "delete", f"{hook}/rotate": "post",
         f"{hook}/test": "post", "/v1/api-keys": "get post", "/v1/api-keys/{key_id}": "delete", "/healthz": "get",
@@ -68,6 +69,8 @@ def test_the_examples_are_taken(service: Service, document: dict[str, Any]) -> N
     for example in examples.values():
         JobRequest.model_validate(example["value"])
     assert service.post("/v1/jobs", json=examples["bundled"]["value"]).status_code == 202
+    examples = operations(document)["/v1/auto", "post"]["requestBody"]["content"]["application/json"]["examples"]
+    assert service.post("/v1/auto", json=examples["bundled"]["value"]).json()["kind"] == "auto"
     examples = operations(document)["/v1/sweeps", "post"]["requestBody"]["content"]["application/json"]["examples"]
     sweep = service.post("/v1/sweeps", json=examples["bundled"]["value"])
     assert (sweep.status_code, sweep.json()["num_points"]) == (202, 6)
