@@ -327,7 +327,7 @@ def test_a_failed_cell_says_why(code: str, says: str, monkeypatch: pytest.Monkey
     (tmp_path / "benchmarks" / "quality_cell.py").write_text(code)
     monkeypatch.setenv("LLMPRUNE_BENCH_DATA", "/data")
     monkeypatch.setattr(quality, "ROOT", tmp_path)
-    result = quality.run_cell(Cell(DEMO, VARIANTS["wanda"], "60 %"), jobs=1, limit_seconds=60)
+    result = quality.run_cell(Cell(DEMO, VARIANTS["wanda"], "60 %"), jobs=1, limit_seconds=240)
     assert result["status"] == "failed" and result["error"] == says
 
 
