@@ -64,3 +64,4 @@ def test_a_search_has_a_page(service: Service) -> None:
         page = service.get(path)
         assert page.status_code == 200 and "max_perplexity_increase 0.05, max_kl 0.25" in page.text
     assert "/v1/auto" in page.text and "llmprune submit " not in page.text
+    assert "Duplicate" not in page.text  # the form is of another kind of job
