@@ -46,6 +46,7 @@ remains different:
 - SparseGPT's unstructured mask: {PEER} prunes `score <= threshold`, a weight more than asked in each block of 128 columns;
   {OURS} prunes the exact number.
 - {OURS} keeps a journal beside the checkpoint, from which a killed run goes on, and writes a report; {PEER} does neither.
+- {OURS} takes what it has imported out of the garbage collector's rounds, as its command line does: some tenths of a second.
 - {PEER} traces the model, {OURS} probes it: both count as pruning."""
 
 
