@@ -157,7 +157,7 @@ class Refining:
             for step in refinement.run():
                 detail, passes = f"held-out loss {step.held_out:.4f}", len(refinement.history) - 1
                 yield Progress(stage="refine", done=passes, total=self.total, detail=detail, value=step.held_out)
-                recorded = self.shares.by_first(partial(self._record, refinement, recorded + SNAPSHOT_SECONDS))
+                recorded = self.shares.by_first(partial(self._record_when_due, refinement, recorded))
             self.shares.by_first(partial(self._record, refinement))
         return self._report(refinement)
 
@@ -178,15 +178,17 @@ class Refining:
         name = self.journal.latest(RECORD) if self.journal else None
         return (name, self.journal.read(name, [_STATE])) if self.journal and name else None
 
-    def _record(self, refinement: Refinement, due: float = 0.0) -> float:
-        """Keep the state, if it is time; when that was last done."""
-        now = time.perf_counter()
-        if now < due:
-            return due - SNAPSHOT_SECONDS
+    def _record_when_due(self, refinement: Refinement, recorded: float) -> float:
+        """Keep the state if that was last done, ``recorded``, too long ago; when it was last done."""
+        if time.perf_counter() - recorded <= SNAPSHOT_SECONDS:
+            return recorded
+        self._record(refinement)
+        return time.perf_counter()
+
+    def _record(self, refinement: Refinement) -> None:
         if self.journal:
             data, tensors = refinement.snapshot()
             self.journal.write_latest(RECORD, len(refinement.history) - 1, data, {_STATE: tensors})
-        return now
 
     def _require_room(self) -> None:
         """A mask is changed where it lies: weights that accelerate spreads over several places cannot be refined."""

@@ -234,7 +234,7 @@ def test_command_line(cli: Callable[..., Any], job: dict[str, Any], tmp_path: Pa
     assert "Refining the mask: done" in outcome.err
     assert "Refined by icbs: held-out loss" in outcome.out
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
-    assert "<h2>Refinement</h2>" in page and 'class="chart course"' in page and "--refine icbs" in page
+    assert "<h2>Refinement</h2>" in page and '<figure data-name="refinement">' in page and "--refine icbs" in page
     assert "- Refined by icbs: held-out loss" in card and " s\n" not in card
     refused = cli("plan", job["model"], "--method", "sparsegpt", "--refine", "icbs")
     assert refused.code == 2 and "changes the kept ones" in refused.err
